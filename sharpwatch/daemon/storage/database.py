@@ -12,7 +12,7 @@ import os
 import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
@@ -110,15 +110,14 @@ class SqliteDatabase(Database):
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
-        with store_errors(path), self.errors():
+        with store_errors(path), self.errors(), ExitStack() as opened:
             self._file = LockedJournal(path)
-            try:
-                self._check()
-                self._connection = _engine_on(path).connect()
-                self._prepare()
-            except BaseException:
-                self._file.close()
-                raise
+            opened.callback(self._file.close)
+            self._check()
+            self._connection = _engine_on(path).connect()
+            opened.callback(self._connection.close)
+            self._prepare()
+            opened.pop_all()
 
     def connection(self) -> Connection:
         """Returns the connection."""
@@ -170,7 +169,7 @@ def _engine_on(path: Path) -> Engine:
         connection.execute("PRAGMA recursive_triggers=ON")  # else OR REPLACE would delete rows unseen by triggers
         return connection
 
-    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
     event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
     return engine
 

@@ -16,6 +16,7 @@ from sharpwatch.daemon.storage import tables
 
 _SMALLEST, _LARGEST = 100, 500  # samples of a segment
 _AT_ONCE = 5  # segments dropped in one transaction, so that none takes long where limits were lowered
+_ENDED_AT_ONCE = 20  # segments of runs that no longer grow, made in one transaction; each reads 500 rows
 _LOOK_EVERY = 3600.0  # seconds between two looks for what is too old
 _DAY = 86_400.0
 _ESTIMATES_PER_SAMPLE = 4
@@ -90,8 +91,8 @@ class Retention:
             self._next_look = now + _LOOK_EVERY
             self._drop_old(connection, now)
 
-    def _end_segments(self, connection: Connection, run: str, now: float, *, whole: bool = True) -> None:
-        """Makes segments of the samples that are in none yet; if `whole`, only of as many as one has."""
+    def _end_segments(self, connection: Connection, run: str, now: float, *, whole: bool = True) -> int:
+        """Makes segments of samples that are in none, if `whole` only of as many as one has; returns how many."""
         last = connection.execute(select(func.max(_segments.last_id)).where(_segments.run == run)).scalar_one() or 0
         query = select(_samples.id, func.length(tables.samples.c.payload))
         rows = connection.execute(query.where(_samples.run == run, _samples.id > last).order_by(_samples.id)).all()
@@ -113,6 +114,7 @@ class Retention:
         ]
         if made:
             connection.execute(insert(tables.segments), made)
+        return len(made)
 
     def _drop_segments(self, connection: Connection, run: str, now: float) -> None:
         query = select(tables.segments).where(_segments.run == run).order_by(_segments.last_id.desc())
@@ -147,9 +149,13 @@ class Retention:
 
     def _drop_old(self, connection: Connection, now: float) -> None:
         """Drops samples that are too old, also of runs that no longer grow, and estimates of runs without samples."""
+        ended = 0
         for run in connection.execute(select(tables.attempts.c.run).distinct()).scalars().all():
             if run not in self._growing:
-                self._end_segments(connection, run, now, whole=False)
+                ended += self._end_segments(connection, run, now, whole=False)
+            if ended >= _ENDED_AT_ONCE:  # only after an upgrade; the others are next
+                self._next_look = now
+                return
         self._growing.clear()
         oldest = select(_segments.run, _segments.last_id).where(
             _segments.received_at < now - _DAY * (self._limits.days or 0)

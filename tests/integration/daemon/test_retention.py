@@ -144,6 +144,24 @@ def test_a_journal_that_was_not_in_segments_is_trimmed_by_them(url):
     assert found[-1] == 1700
 
 
+def test_after_an_upgrade_old_runs_age_bit_by_bit(url, clock):
+    with closing(Journal(url, retain_samples=1000)) as journal:
+        for number in range(5):
+            journal.write(attempt(f"run{number}"))
+            add(journal, f"run{number}", 1, 1030, at=1030)
+    with create_engine(url, poolclass=NullPool).begin() as connection:
+        connection.execute(tables.segments.delete())
+    clock.now += 30 * DAY
+    with closing(Journal(url, retain_samples=1000, retain_days=7)) as journal:
+        journal.write(attempt("live"))
+        left = []
+        for first in range(1, 3001, 100):
+            add(journal, "live", first, first + 99, at=100)
+            left.append(sum(len(kept(journal, f"run{number}")) for number in range(5)))
+    assert left[-1] == 0
+    assert all(before - after <= 5 * 100 for before, after in pairwise(left))
+
+
 def everything(run: str) -> tuple[PendingWrites, list[SampleRow]]:
     """Records of every kind."""
     made = Decision(f"{run}-d", run, 1.5, 7, "notify", "advise", "proposed")

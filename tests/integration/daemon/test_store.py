@@ -355,6 +355,18 @@ def test_what_is_kept_for_ever_can_not_be_changed_or_deleted(journal, url, state
     assert audit(url, f"SELECT * FROM {table}") == before  # noqa: S608
 
 
+def test_replacing_a_row_is_deleting_it(file_url):
+    """`INSERT OR REPLACE` would go around the constraints on deletions, if SQLite were not told otherwise."""
+    with closing(Journal(file_url, retain_samples=100)) as journal:
+        write(journal, attempts=(ATTEMPT,), revisions=(REVISION,))
+        with (
+            pytest.raises(StoreError, match="the journal is append-only"),
+            journal._database.transaction() as connection,
+        ):
+            connection.exec_driver_sql("INSERT OR REPLACE INTO revisions VALUES ('run', 1, '{}')")
+        assert journal.load("run", samples=1).revisions == (REVISION,)
+
+
 def test_a_sample_that_violates_the_schema_is_not_taken_for_one_that_came_twice(journal):
     write(journal, attempts=(ATTEMPT,))
     (broken,) = samples(1, 1)
