@@ -142,6 +142,20 @@ def test_restoring_where_nothing_is(url, tmp_path):
 
 
 @pytest.mark.usefixtures("journal")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("there", [True, False])
+def test_what_root_restores_belongs_to_the_daemons_user(url, tmp_path, there):
+    main(["backup", "--store", url, "--to", str(tmp_path / "backup.db")])
+    (tmp_path / "place").mkdir()
+    place = tmp_path / "place" / "journal.db"
+    if there:
+        Journal(f"sqlite:///{place}", retain_samples=1).close()
+    os.chown(place if there else place.parent, 12345, 23456)
+    assert main(["restore", str(tmp_path / "backup.db"), "--store", f"sqlite:///{place}", "--force"]) == 0
+    assert (place.stat().st_uid, place.stat().st_gid) == (12345, 23456)
+
+
+@pytest.mark.usefixtures("journal")
 def test_what_is_no_whole_backup_is_not_restored(url, tmp_path, capsys):
     new = ["--store", f"sqlite:///{tmp_path}/new.db"]
     main(["backup", "--store", url, "--to", str(tmp_path / "backup.db")])
