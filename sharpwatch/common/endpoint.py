@@ -1,4 +1,4 @@
-"""Reaching a daemon: its address (HOST:PORT, [IPV6]:PORT or unix:PATH), and the waits between attempts."""
+"""Reaching a daemon: its address (HOST:PORT, [IPV6]:PORT or unix:PATH), waits between attempts; URLs for people."""
 
 from __future__ import annotations
 
@@ -95,3 +95,10 @@ class Backoff:
         """Seconds to wait now."""
         wait, self._wait = self._wait, min(2 * self._wait, self._last)
         return wait if self._jitter is None else wait * self._jitter.uniform(0.5, 1.0)
+
+
+def without_password(url: str) -> str:
+    """Returns a URL without its password, for people and logs."""
+    # Also of one that can't be parsed.
+    url = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(r"(password=)[^&]*", r"\1***", url)

@@ -14,6 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from sharpwatch._version import __version__
+from sharpwatch.common.endpoint import without_password
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.call_guard import CallGuard
@@ -129,7 +130,12 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         on_cut=lambda probe: metrics.cut_readings.labels(probe).inc(),
     )
     async with AsyncExitStack() as stack:
-        store = await Store.open(settings.store, retain_samples=settings.retain_samples)
+        store = await Store.open(
+            settings.store,
+            retain_samples=settings.retain_samples,
+            retain_days=settings.retain_days,
+            retain_bytes=settings.retain_bytes,
+        )
         stack.push_async_callback(store.close)
         estimator = Estimator(settings.device)
         stack.callback(estimator.close)
@@ -200,7 +206,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         info = DaemonInfo(
             time.monotonic(),
             estimator.device,
-            settings.store,
+            without_password(settings.store),
             http,
             **rules_of(config),
         )
@@ -226,9 +232,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             asyncio.create_task(notifier.run(), name="notifications"),
             asyncio.create_task(asking.run(gate), name="gate"),
         ]
-        log.info(
-            "serving", grpc=address, http=http, device=estimator.device, store=str(store.path), version=__version__
-        )
+        log.info("serving", grpc=address, http=http, device=estimator.device, store=store.name, version=__version__)
         since = time.time() - settings.stale_after
         restoring = _restore(loader, runs, store, notifier, server, restored, since)
         beside.append(asyncio.create_task(restoring, name="restore"))

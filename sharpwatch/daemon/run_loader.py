@@ -8,7 +8,6 @@ incidents, mode, reference and plans, and with how far its samples have come.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 import structlog
+from sqlalchemy import Connection
 
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, read_attempt, restore_run
@@ -101,7 +101,7 @@ class RunLoader:
         if attempt is not None and self._runs.get(run) is not None:
             self._runs.remember(attempt)
 
-    async def ask(self, question: Callable[[sqlite3.Connection], Result]) -> Result:
+    async def ask(self, question: Callable[[Connection], Result]) -> Result:
         """Returns what the journal answers to a question of `catalog`."""
         return await self._store.ask(question)
 
@@ -201,7 +201,7 @@ class RunLoader:
         shared = hello.data_order or hello.training_job
         if shared not in self._looked_for:
             self._looked_for.add(shared)
-            return await self.ask(partial(catalog.names_in_hellos, text=shared, limit=_TWINS))
+            return await self.ask(partial(catalog.names_in_hellos, word=shared, limit=_TWINS))
         return ()
 
     async def _load(self, name: str) -> Run | None:

@@ -143,7 +143,7 @@ ALLOWED = {
 # Modules through which a program reaches files, processes, threads' or the network's outside.
 IO = {"os", "io", "pathlib", "socket", "ssl", "select", "selectors", "subprocess", "multiprocessing", "threading"}
 IO |= {"asyncio", "signal", "shutil", "tempfile", "http", "urllib", "sqlite3", "logging", "time", "yaml", "pickle"}
-IO |= {"grpc", "aiohttp", "structlog", "prometheus_client", "rich", "transformers"}
+IO |= {"grpc", "aiohttp", "structlog", "prometheus_client", "rich", "transformers", "sqlalchemy"}
 
 
 def parsed():
@@ -249,6 +249,9 @@ def test_the_agent_needs_no_extra():
         "platformdirs",
         "pydantic",
         "structlog",
+        "sqlalchemy",
+        "alembic",
+        "psycopg",
         "prometheus_client",
         "rich",
         "transformers",

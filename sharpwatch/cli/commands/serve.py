@@ -13,6 +13,7 @@ from sharpwatch.cli.commands.runs import override_words
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
 from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.common.endpoint import without_password
 from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def check_config(options: DaemonOptions, file: Path) -> None:
     with needs_extra("check-config", "daemon"):
         from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
     config = load_config(file)
+    config = dataclasses.replace(
+        config, daemon=dataclasses.replace(config.daemon, store=without_password(config.daemon.store))
+    )
     # `from_` is `from` in the file.
     fields = dataclasses.asdict(
         config, dict_factory=lambda items: {name.removesuffix("_"): each for name, each in items}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sharpwatch.blocks import BLOCKS
-from sharpwatch.common.endpoint import parse_address
+from sharpwatch.common.endpoint import parse_address, without_password
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
 from sharpwatch.daemon.records import DetectedAlert, DetectedCause, Incident, Mode, Severity
@@ -53,14 +53,14 @@ def _expecting(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-def _one_of(allowed: tuple[str, ...], *, expected: str = "") -> WrapValidator:
-    """Replaces the error by one that lists the valid words and names the nearest one."""
+def _one_of(allowed: tuple[str, ...], *, expected: str = "", shown: Callable[[str], str] = str) -> WrapValidator:
+    """Replaces the error by one that lists the valid words and names the nearest one; `shown` is what it says."""
 
     def validate(value: Any, inner: Any) -> Any:
         try:
             return inner(value)
         except ValidationError as error:
-            word = value if isinstance(value, str) else ""
+            word = shown(value) if isinstance(value, str) else ""
             message = f"{word or 'this'!r} is not allowed; allowed: {expected or ', '.join(allowed)}"
             raise PydanticCustomError("choice", "{message}", {"message": message + nearest(word, allowed)}) from error
 
@@ -123,10 +123,11 @@ Device = Annotated[
     Field(strict=True, pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"),
     _one_of(("auto", "cpu", "cuda"), expected="auto, cpu, cuda, cuda:N"),
 ]
+_STORE = "sqlite:///PATH (sqlite:////PATH for an absolute one), postgresql+psycopg://USER@HOST/DATABASE"
 Store = Annotated[
     str,
-    Field(strict=True, pattern=r"^sqlite:///.+"),
-    _one_of((), expected="sqlite:///PATH (sqlite:////PATH for an absolute one)"),
+    Field(strict=True, pattern=r"^(sqlite:///|postgresql\+psycopg://).+"),
+    _one_of((), expected=_STORE, shown=without_password),
 ]
 Webhook = Annotated[
     str,
@@ -256,6 +257,8 @@ class DaemonConfig:
     window_bytes: Annotated[int, _integer(2**20, 2**40)] = 256 * 2**20
     # At least 1,000, which is what a restart reads (`restore.REPLAYED_SAMPLES`).
     retain_samples: Annotated[int, _integer(1_000, _MANY)] = 10_000
+    retain_days: Annotated[float, _number(0.0, 36_500.0)] | None = None
+    retain_bytes: Annotated[int, _integer(1_000_000, 10**15)] | None = None
     layer_metrics: Flag = True
     reflection: Flag = False
     log_level: LogLevel = "info"

@@ -77,6 +77,9 @@ def restore(backup: Path, path: Path, *, force: bool) -> tuple[Path, ...]:
             raise place.error("there is a journal already; --force moves it aside")
         with _locked(place), _made_whole(place.path) as part:
             shutil.copyfile(backup, part)
+            if os.geteuid() == 0:  # else the daemon's user could not open what root restores
+                owner = (place.path if place.path.exists() else place.path.parent).stat()
+                os.chown(part, owner.st_uid, owner.st_gid)
             # After the copy, so that a full disk leaves the journal where it is.
             return tuple(_moved_aside(place, there))
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Table, func, select, text
 
 from sharpwatch.daemon.records import Decision, Incident, LrPlan, Revision
+from sharpwatch.daemon.storage import tables
+from sharpwatch.daemon.storage.loading import stored_attempt
 from sharpwatch.daemon.storage.records_json import decision_of, incident_of, plan_of, revision_of
-from sharpwatch.daemon.storage.schema import CLOSED, KILLED, ModeRow, StoredAttempt
+from sharpwatch.daemon.storage.schema import CLOSED, ModeRow, StoredAttempt
 
 _NEWEST = 8  # samples among which a list finds a run's newest loss
-# What still waits for somebody: `/metrics` shows it for as long.
-_UNSEEN_CRITICAL = (
-    "json_extract(record, '$.active') AND json_extract(record, '$.severity') = 'critical' "
-    "AND coalesce(json_extract(record, '$.acknowledged'), '') = '' AND json_extract(record, '$.foreign') IS NULL"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +59,25 @@ class RunSummary:
     revisions: tuple[Revision, ...]
 
 
-def outlines(connection: sqlite3.Connection) -> tuple[RunOutline, ...]:
+def outlines(connection: Connection) -> tuple[RunOutline, ...]:
     """All runs, in the order in which their newest attempts began."""
-    query = (
-        "SELECT run, id, seen_at, closed FROM attempts WHERE id IN (SELECT max(id) FROM attempts GROUP BY run) "
-        "ORDER BY id"
-    )
-    rows = connection.execute(query)
+    of = tables.attempts.c
+    newest = select(func.max(of.id)).group_by(of.run)
+    rows = connection.execute(select(of.run, of.id, of.seen_at, of.closed).where(of.id.in_(newest)).order_by(of.id))
     return tuple(RunOutline(run, position, seen_at, closed == CLOSED) for run, position, seen_at, closed in rows)
 
 
-def with_unseen_incidents(connection: sqlite3.Connection) -> frozenset[str]:
+def with_unseen_incidents(connection: Connection) -> frozenset[str]:
     """The runs with an open incident of severity critical that nobody has acknowledged."""
-    return frozenset(run for (run,) in connection.execute(f"SELECT DISTINCT run FROM alerts WHERE {_UNSEEN_CRITICAL}"))  # noqa: S608  a constant
+    # What still waits for somebody: `/metrics` shows it for as long.
+    return frozenset(
+        each.run
+        for each in _open_incidents(connection)
+        if each.severity == "critical" and not each.acknowledged and each.foreign is None
+    )
 
 
-def page(connection: sqlite3.Connection, prefix: str, before: int, limit: int) -> tuple[tuple[str, int], ...]:
+def page(connection: Connection, prefix: str, before: int, limit: int) -> tuple[tuple[str, int], ...]:
     """Names of runs, and their positions, those first whose newest attempt began last.
 
     Args:
@@ -84,44 +86,38 @@ def page(connection: sqlite3.Connection, prefix: str, before: int, limit: int) -
         before: The position of the last run of the page before; 0 for the first page.
         limit: How many at most.
     """
-    query = (
-        "SELECT run, max(id) AS newest FROM attempts WHERE run >= ? AND substr(run, 1, ?) = ? GROUP BY run "
-        "HAVING ? = 0 OR newest < ? ORDER BY newest DESC LIMIT ?"
-    )
-    return tuple(connection.execute(query, [prefix, len(prefix), prefix, before, before, limit]))
+    of, newest = tables.attempts.c, func.max(tables.attempts.c.id)
+    query = select(of.run, newest).where(_begins(of.run, prefix)).group_by(of.run)
+    query = query.having(newest < before) if before else query
+    rows = connection.execute(query.order_by(newest.desc()).limit(limit))
+    return tuple((run, position) for run, position in rows)
 
 
-def summary(connection: sqlite3.Connection, run: str) -> RunSummary | None:
+def summary(connection: Connection, run: str) -> RunSummary | None:
     """What a list shows of a run; None where there is none of that name."""
-    rows = connection.execute
-    newest = rows(
-        "SELECT attempt, hello, acknowledged, seen_at, closed FROM attempts WHERE run = ? ORDER BY id DESC LIMIT 1",
-        [run],
-    ).fetchone()
+    attempts, samples, modes = tables.attempts.c, tables.samples.c, tables.modes.c
+    of_run = select(tables.attempts).where(attempts.run == run)
+    newest = connection.execute(of_run.order_by(attempts.id.desc()).limit(1)).first()
     if newest is None:
         return None
-    (attempts,) = rows("SELECT count(*) FROM attempts WHERE run = ?", [run]).fetchone()
-    samples = rows("SELECT payload FROM samples WHERE run = ? ORDER BY id DESC LIMIT ?", [run, _NEWEST])
-    mode = rows(
-        "SELECT run, mode, author, reason, made_at FROM modes WHERE run = ? ORDER BY id DESC LIMIT 1", [run]
-    ).fetchone()
-    (active,) = rows("SELECT count(*) FROM alerts WHERE run = ? AND json_extract(record, '$.active')", [run]).fetchone()
-    revisions = rows("SELECT record FROM revisions WHERE run = ? ORDER BY revision", [run]).fetchall()
-    made = rows("SELECT record FROM decisions WHERE run = ? ORDER BY rowid", [run]) if revisions else ()
-    attempt, hello, acknowledged, seen_at, closed = newest
+    payloads = select(samples.payload).where(samples.run == run).order_by(samples.id.desc()).limit(_NEWEST)
+    of_mode = select(modes.run, modes.mode, modes.author, modes.reason, modes.made_at).where(modes.run == run)
+    mode = connection.execute(of_mode.order_by(modes.id.desc()).limit(1)).first()
+    revisions = _records(connection, tables.revisions, run, by="revision")
+    made = _records(connection, tables.decisions, run, by="rowid") if revisions else ()
     return RunSummary(
         run,
-        StoredAttempt(attempt, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED),
-        attempts,
-        tuple(payload for (payload,) in samples),
+        stored_attempt(newest),
+        _count(connection, tables.attempts, run),
+        tuple(connection.execute(payloads).scalars()),
         ModeRow(*mode) if mode else None,
-        active,
-        tuple(decision_of(record) for (record,) in made),
-        tuple(revision_of(record) for (record,) in revisions),
+        len(open_incidents(connection, run)),
+        tuple(map(decision_of, made)),
+        tuple(map(revision_of, revisions)),
     )
 
 
-def summaries(connection: sqlite3.Connection, runs: Iterable[str]) -> tuple[RunSummary, ...]:
+def summaries(connection: Connection, runs: Iterable[str]) -> tuple[RunSummary, ...]:
     """What a list shows of these runs; a name that the journal does not have is left out."""
     return tuple(found for run in runs if (found := summary(connection, run)) is not None)
 
@@ -136,77 +132,99 @@ class RunSize:
     decisions: int
 
 
-def size(connection: sqlite3.Connection, run: str) -> RunSize | None:
+def size(connection: Connection, run: str) -> RunSize | None:
     """How much the journal has of a run; None for nothing."""
-    counts = (
-        connection.execute(f"SELECT count(*) FROM {table} WHERE run = ?", [run]).fetchone()[0]  # noqa: S608  names of ours
-        for table in ("attempts", "samples", "alerts", "decisions")
-    )
-    found = RunSize(*counts)
+    of = (tables.attempts, tables.samples, tables.alerts, tables.decisions)
+    found = RunSize(*(_count(connection, table, run) for table in of))
     return found if found.attempts else None
 
 
-def open_incidents(connection: sqlite3.Connection, run: str) -> tuple[Incident, ...]:
+def open_incidents(connection: Connection, run: str) -> tuple[Incident, ...]:
     """The open incidents of a run."""
-    query = "SELECT record FROM alerts WHERE run = ? AND json_extract(record, '$.active')"
-    return tuple(incident_of(record) for (record,) in connection.execute(query, [run]))
+    return tuple(_open_incidents(connection, tables.alerts.c.run == run))
 
 
-def attempt(connection: sqlite3.Connection, identity: str) -> tuple[str, StoredAttempt] | None:
+def attempt(connection: Connection, identity: str) -> tuple[str, StoredAttempt] | None:
     """An attempt and the name of its run; None where the journal has none of that id."""
-    query = "SELECT run, attempt, hello, acknowledged, seen_at, closed FROM attempts WHERE attempt = ?"
-    row = connection.execute(query, [identity]).fetchone()
-    if row is None:
-        return None
-    run, name, hello, acknowledged, seen_at, closed = row
-    return run, StoredAttempt(name, hello, acknowledged, seen_at, closed == CLOSED, closed == KILLED)
+    row = connection.execute(select(tables.attempts).where(tables.attempts.c.attempt == identity)).first()
+    return None if row is None else (row.run, stored_attempt(row))
 
 
-def names_in_hellos(connection: sqlite3.Connection, text: str, limit: int) -> tuple[str, ...]:
-    """The runs whose Hello has `text` somewhere, such as the name of a data order, the newest first."""
-    query = "SELECT run FROM attempts WHERE instr(hello, ?) GROUP BY run ORDER BY max(id) DESC LIMIT ?"
-    return tuple(run for (run,) in connection.execute(query, [text.encode(), limit]))
+def names_in_hellos(connection: Connection, word: str, limit: int) -> tuple[str, ...]:
+    """The runs whose Hello has `word` somewhere, such as the name of a data order, the newest first."""
+    of = tables.attempts.c
+    has = "instr(hello, :word) > 0" if connection.dialect.name == "sqlite" else "position(:word in hello) > 0"
+    query = select(of.run).where(text(has).bindparams(word=word.encode())).group_by(of.run)
+    return tuple(connection.execute(query.order_by(func.max(of.id).desc()).limit(limit)).scalars())
 
 
-def decisions_that_begin(connection: sqlite3.Connection, prefix: str, limit: int) -> tuple[tuple[str, str], ...]:
+def decisions_that_begin(connection: Connection, prefix: str, limit: int) -> tuple[tuple[str, str], ...]:
     """The run and the id of decisions whose id begins with `prefix`."""
-    query = "SELECT run, id FROM decisions WHERE id >= ? AND substr(id, 1, ?) = ? ORDER BY id LIMIT ?"
-    return tuple(connection.execute(query, [prefix, len(prefix), prefix, limit]))
+    return _that_begin(connection, tables.decisions, prefix, limit)
 
 
-def incidents_that_begin(connection: sqlite3.Connection, prefix: str, limit: int) -> tuple[tuple[str, str], ...]:
+def incidents_that_begin(connection: Connection, prefix: str, limit: int) -> tuple[tuple[str, str], ...]:
     """The run and the id of incidents whose id begins with `prefix`."""
-    query = "SELECT run, id FROM alerts WHERE id >= ? AND substr(id, 1, ?) = ? ORDER BY id LIMIT ?"
-    return tuple(connection.execute(query, [prefix, len(prefix), prefix, limit]))
+    return _that_begin(connection, tables.alerts, prefix, limit)
 
 
-def newest_decisions(connection: sqlite3.Connection, limit: int) -> tuple[Decision, ...]:
+def newest_decisions(connection: Connection, limit: int) -> tuple[Decision, ...]:
     """The newest decisions of all runs, the newest first."""
-    query = "SELECT record FROM decisions ORDER BY made_at DESC, rowid DESC LIMIT ?"
-    return tuple(decision_of(record) for (record,) in connection.execute(query, [limit]))
+    of = tables.decisions.c
+    query = select(of.record).order_by(of.made_at.desc(), of.rowid.desc()).limit(limit)
+    return tuple(map(decision_of, connection.execute(query).scalars()))
 
 
-def plans(connection: sqlite3.Connection, since: float) -> tuple[LrPlan, ...]:
+def plans(connection: Connection, since: float) -> tuple[LrPlan, ...]:
     """The plans of all runs that were made at unix seconds `since` or later, oldest first."""
-    query = "SELECT record FROM plans WHERE made_at >= ? ORDER BY rowid"
-    return tuple(plan_of(record) for (record,) in connection.execute(query, [since]))
+    of = tables.plans.c
+    query = select(of.record).where(of.made_at >= since).order_by(of.rowid)
+    return tuple(map(plan_of, connection.execute(query).scalars()))
 
 
-def told(connection: sqlite3.Connection, ids: Sequence[str]) -> tuple[tuple[Incident, ...], tuple[Decision, ...]]:
+def told(connection: Connection, ids: Sequence[str]) -> tuple[tuple[Incident, ...], tuple[Decision, ...]]:
     """The incidents and decisions of these ids."""
-    rows = connection.execute
-    incidents = (rows("SELECT record FROM alerts WHERE id = ?", [each]).fetchone() for each in ids)
-    decisions = (rows("SELECT record FROM decisions WHERE id = ?", [each]).fetchone() for each in ids)
-    return (
-        tuple(incident_of(row[0]) for row in incidents if row),
-        tuple(decision_of(row[0]) for row in decisions if row),
-    )
+
+    def records(table: Table) -> Iterator[str]:
+        for each in ids:
+            yield from connection.execute(select(table.c.record).where(table.c.id == each)).scalars()
+
+    return tuple(map(incident_of, records(tables.alerts))), tuple(map(decision_of, records(tables.decisions)))
 
 
-def with_foreign_alert(connection: sqlite3.Connection, fingerprint: str) -> tuple[str, ...]:
+def with_foreign_alert(connection: Connection, fingerprint: str) -> tuple[str, ...]:
     """The runs on which the alert of another system with that fingerprint fires."""
-    query = (
-        "SELECT DISTINCT run FROM alerts WHERE json_extract(record, '$.active') "
-        "AND json_extract(record, '$.foreign.fingerprint') = ?"
+    fires = (
+        each.run
+        for each in _open_incidents(connection)
+        if each.foreign is not None and each.foreign.fingerprint == fingerprint
     )
-    return tuple(run for (run,) in connection.execute(query, [fingerprint]))
+    return tuple(dict.fromkeys(fires))
+
+
+def _open_incidents(connection: Connection, *where: ColumnElement[bool]) -> Iterator[Incident]:
+    # By the text first, since to decode every incident there ever was takes long.
+    of = tables.alerts.c
+    query = select(of.record).where(of.record.like('%"active": true%'), *where)
+    for record in connection.execute(query).scalars():
+        incident = incident_of(record)
+        if incident.active:
+            yield incident
+
+
+def _begins(column: ColumnElement[str], prefix: str) -> ColumnElement[bool]:
+    # Not LIKE, to which letters in either case are the same in SQLite.
+    return func.substr(column, 1, len(prefix)) == prefix
+
+
+def _that_begin(connection: Connection, table: Table, prefix: str, limit: int) -> tuple[tuple[str, str], ...]:
+    query = select(table.c.run, table.c.id).where(_begins(table.c.id, prefix)).order_by(table.c.id).limit(limit)
+    return tuple((run, identity) for run, identity in connection.execute(query))
+
+
+def _records(connection: Connection, table: Table, run: str, *, by: str) -> Sequence[str]:
+    return connection.execute(select(table.c.record).where(table.c.run == run).order_by(table.c[by])).scalars().all()
+
+
+def _count(connection: Connection, table: Table, run: str) -> Any:
+    return connection.execute(select(func.count()).select_from(table).where(table.c.run == run)).scalar_one()

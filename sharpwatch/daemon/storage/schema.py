@@ -1,15 +1,15 @@
-"""The tables of the journal, the records in them, and the records that are still to be written.
+"""The first versions of the journal's tables, the records in them, and the records that are still to be written.
 
-Each schema version adds to the one before, and a journal of an older version is upgraded when it is opened. A field
-added to a record must therefore have a default, because older journals hold the record without it.
+A journal of an older version is upgraded when it is opened (`migrations`). A field added to a record must have a
+default, because older journals hold the record without it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Changes, Checkpoint, Decision, Incident, LrPlan, Mode, Revision, Silence
@@ -75,54 +75,9 @@ CREATE TABLE requests (
     outcome TEXT NOT NULL, detail TEXT NOT NULL, author TEXT NOT NULL, reason TEXT NOT NULL);
 CREATE INDEX requests_by_run ON requests (run, at);
 """
-# What was acknowledged can't be overwritten, by a fault of ours neither: columns that never change once written, by
-# table. A table's other columns may be updated: how far an attempt has come, or the state of a decision.
-_FIXED = {
-    "attempts": "id, run, attempt, hello",
-    "samples": "id, run, attempt, sequence, step, payload",
-    "alerts": "id, run, first_step",
-    "decisions": "id, run, made_at",
-    "revisions": "run, revision",
-    "modes": "id, run, mode, author, reason, made_at",
-    "estimates": "id, run, quantity, block, estimator, step, value, stderr, draws, residual, method",
-    "transitions": "id, run, decision, at, outcome, detail, author, reason",
-    "run_references": "id, run, name, author, reason, made_at",
-    "silences": "id, made_at",
-    "plans": "id, run, made_at",
-    "requests": "id, run, at, action, subject, outcome, detail, author, reason",
-}
-# Tables from which rows are deleted only with all of their run, while its name is in `forgetting`. Retention deletes
-# samples and estimates; checkpoints, baselines and notifications are states, whose earlier ones nobody needs.
-_KEPT = ("attempts", "alerts", "decisions", "revisions", "modes", "transitions", "run_references", "plans", "requests")
-
-
-def _guard(table: str, rule: str, event: str, when: str = "") -> str:
-    """A trigger that refuses what `event` would do to rows of a table."""
-    condition = f" WHEN {when}" if when else ""
-    refuse = f"SELECT RAISE(ABORT, 'the journal is append-only: {table}')"
-    return f"CREATE TRIGGER {table}_{rule} BEFORE {event} ON {table}{condition} BEGIN {refuse}; END;\n"
-
-
-_FORGOTTEN = "EXISTS (SELECT 1 FROM forgetting WHERE run = {})"
-_SILENCED = "json_extract(OLD.record, '$.run')"
-_GUARDS = [
-    "CREATE TABLE forgetting (run TEXT PRIMARY KEY);\n",
-    # One row: which journal this is, and how many commits it has, which is noted beside it as well.
-    "CREATE TABLE commits (journal TEXT NOT NULL, number INTEGER NOT NULL);\n",
-    "INSERT INTO commits VALUES (lower(hex(randomblob(16))), 0);\n",
-    *(_guard(table, "fixed", f"UPDATE OF {columns}") for table, columns in _FIXED.items()),
-    *(_guard(table, "kept", "DELETE", f"NOT {_FORGOTTEN.format('OLD.run')}") for table in _KEPT),
-    _guard("silences", "kept", "DELETE", f"NOT {_FORGOTTEN.format(_SILENCED)}"),
-    _guard("attempts", "acknowledged", "UPDATE OF acknowledged", "NEW.acknowledged < OLD.acknowledged"),
-    # The losses of a reference are dropped when another one replaces it.
-    _guard("run_references", "losses", "UPDATE OF losses", "NEW.losses IS NOT NULL"),
-]
-# Only appended to: an entry that was released is in journals that exist. A journal of version n has the first n.
-SCHEMAS = (
-    *(_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS),
-    "".join(_GUARDS),
-)
-SCHEMA_VERSION = len(SCHEMAS)
+# The versions before 10, which `migrations` brings up to date: a journal of version n has the first n.
+SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS)
+SCHEMA_VERSION = 10
 COUNTED = 10  # the first version that counts commits, and has sharpwatch's application id
 # How an attempt ended, in `attempts.closed`; 0 while that is not known. Earlier versions take the second for the first.
 CLOSED, KILLED = 1, 2
@@ -378,6 +333,21 @@ class PendingWrites:
         self.plans.update(newer.plans)
         self.requests.extend(newer.requests)
         self.killed.update(newer.killed)
+
+    def without(self, written: Container[int]) -> PendingWrites:
+        """Returns a copy without some of the rows that must be written once.
+
+        Args:
+            written: The `id()` of each.
+        """
+        return replace(
+            self,
+            transitions=[row for row in self.transitions if id(row) not in written],
+            modes=[row for row in self.modes if id(row) not in written],
+            estimates=deque(row for row in self.estimates if id(row) not in written),
+            references=[row for row in self.references if id(row) not in written],
+            requests=[row for row in self.requests if id(row) not in written],
+        )
 
     def refuse(self, run: str, revision: int) -> None:
         """Removes a revision that the journal refuses, and the commands of its decision, which must not be sent."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharpwatch.common.endpoint import without_password
 from sharpwatch.daemon.storage.schema import COUNTED, FIRST_TABLES, SCHEMA_VERSION
 from sharpwatch.daemon.storage.wal import read_wal
 from sharpwatch.errors import JournalInUseError, StoreError
@@ -33,7 +34,9 @@ def database_path(url: str) -> Path:
     """
     prefix = "sqlite:///"
     if not url.startswith(prefix) or len(url) == len(prefix):
-        raise StoreError(f"store must be sqlite:///PATH, got {url!r}")
+        raise StoreError(
+            f"store must be sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE, got {without_password(url)!r}"
+        )
     try:
         return Path(url.removeprefix(prefix)).expanduser()
     except RuntimeError:
@@ -181,38 +184,36 @@ class LockedJournal:
         self.files = SqliteFiles(path)
         if not path.exists():
             self.files.refuse_leftovers("is gone")
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._descriptor: int | None = descriptor
         self._marker: int | None = None
         try:
-            self.files.lock(self._descriptor)
-            self._make_private()
-            self.files.check(self._descriptor)
+            self.files.lock(descriptor)
+            self._make_private(descriptor)
+            self.files.check(descriptor)
         except BaseException:
-            os.close(self._descriptor)
+            os.close(descriptor)
             raise
 
     def close(self) -> None:
-        """Releases the lock."""
-        if self._marker is not None:
-            os.fsync(self._marker)
-            os.close(self._marker)
-        os.close(self._descriptor)
+        """Releases the lock. Closing it again does nothing."""
+        marker, descriptor = self._marker, self._descriptor
+        self._marker, self._descriptor = None, None
+        if marker is not None:
+            os.fsync(marker)
+            os.close(marker)
+        if descriptor is not None:
+            os.close(descriptor)
 
-    def note(self, commits: Commits) -> None:
-        """Notes that commits are acknowledged, so that their loss would be seen."""
-        line = f"{commits.journal} {commits.number:020d}\n".encode()
-        if self._marker is None:
-            self._marker = os.open(self.files.marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            os.pwrite(self._marker, line, 0)
-        else:
-            # The commit is done: its writer must not be told that it failed. A number that lags is no false alarm.
-            with suppress(OSError):
-                os.pwrite(self._marker, line, 0)
+    def open_marker(self) -> int:
+        """Opens the file with the number of acknowledged commits; returns the descriptor, which `close` closes."""
+        self._marker = os.open(self.files.marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._marker
 
-    def _make_private(self) -> None:
+    def _make_private(self, descriptor: int) -> None:
         # SQLite gives -wal and -shm the mode of the database when it makes them.
         with suppress(PermissionError):  # another user's, who has given this one access
-            os.fchmod(self._descriptor, 0o600)
+            os.fchmod(descriptor, 0o600)
         for beside in (self.files.log, self.files.index):
             with suppress(FileNotFoundError, PermissionError):
                 beside.chmod(0o600)

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 from forked import COMMAND_LINE, ForkedProcess
+from postgresql import postgresql_server
 
 from sharpwatch import wire
 from sharpwatch.daemon.app import serving
@@ -262,6 +263,13 @@ def configuration(folder: Path, *, policies: str = "policies: []", detection: di
     lines = [f"  {key}: {json.dumps(value)}" for key, value in settings.items()]
     path.write_text("\n".join(["daemon:", *lines, policies, f"detection: {json.dumps(detection or {})}"]))
     return load_config(path)
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A PostgreSQL server, for each process that runs tests of it."""
+    with postgresql_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -131,7 +131,6 @@ def test_restoring_moves_the_journal_aside_and_only_if_told_to(journal, url, tmp
     assert stat.S_IMODE((tmp_path / "journal.db").stat().st_mode) == 0o600
     # What was moved is a journal still.
     assert sequences(min(aside, key=len)) == list(range(1, 31))
-    journal.__init__(url, retain_samples=1)  # for the fixture to close
 
 
 @pytest.mark.usefixtures("journal")
@@ -140,6 +139,20 @@ def test_restoring_where_nothing_is(url, tmp_path):
     assert main(["restore", str(tmp_path / "backup.db"), "--store", f"sqlite:///{tmp_path}/new.db"]) == 0
     assert sequences(tmp_path / "new.db") == list(range(1, 21))
     assert not [name for name in names(tmp_path) if name.endswith(".part")]
+
+
+@pytest.mark.usefixtures("journal")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("there", [True, False])
+def test_what_root_restores_belongs_to_the_daemons_user(url, tmp_path, there):
+    main(["backup", "--store", url, "--to", str(tmp_path / "backup.db")])
+    (tmp_path / "place").mkdir()
+    place = tmp_path / "place" / "journal.db"
+    if there:
+        Journal(f"sqlite:///{place}", retain_samples=1).close()
+    os.chown(place if there else place.parent, 12345, 23456)
+    assert main(["restore", str(tmp_path / "backup.db"), "--store", f"sqlite:///{place}", "--force"]) == 0
+    assert (place.stat().st_uid, place.stat().st_gid) == (12345, 23456)
 
 
 @pytest.mark.usefixtures("journal")
@@ -227,7 +240,6 @@ def test_a_damaged_page_and_lost_commits_are_found(journal, url, tmp_path, capsy
     assert main(["check-journal", "--store", url]) == 1
     assert "3 acknowledged commits are missing" in capsys.readouterr().err
     (tmp_path / "journal.db-commits").unlink()
-    journal.__init__(url, retain_samples=1)  # for the fixture to close
 
 
 def test_a_journal_of_an_earlier_version_is_checked(tmp_path, capsys):

@@ -9,12 +9,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import pytest
 from observations import incident
+from sqlalchemy import MetaData, Table, UniqueConstraint, create_engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
 
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Checkpoint, Decision, LrPlan, Revision, RollbackPlan, Silence
@@ -31,7 +34,8 @@ from sharpwatch.daemon.storage.schema import (
     SampleRow,
     TransitionRow,
 )
-from sharpwatch.errors import RevisionConflictError, StoreError
+from sharpwatch.daemon.storage.tables import metadata
+from sharpwatch.errors import JournalInUseError, RevisionConflictError, StoreError
 
 ATTEMPT = AttemptRow("run", "a1", b"hello", 100.0)
 
@@ -58,8 +62,18 @@ def samples(first: int, last: int, *, size: int = 8, closed: bool = False) -> tu
 
 
 @pytest.fixture
-def url(tmp_path):
+def file_url(tmp_path):
     return f"sqlite:///{tmp_path}/journal.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request):
+    """Of a new journal on either database."""
+    return (
+        request.getfixturevalue("file_url")
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgresql").url()
+    )
 
 
 @pytest.fixture
@@ -93,10 +107,7 @@ def test_the_newest_reference_counts_and_who_set_the_others_is_kept(journal, url
     assert journal.load("else", samples=0).reference == rows[2]
     write(journal, references=[ReferenceRow("run", "", b"", "ann", "done", 7.0)])
     assert journal.load("run", samples=0).reference is None
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as opened:
-        kept = opened.execute(
-            "SELECT name, author, losses FROM run_references WHERE run = 'run' ORDER BY id"
-        ).fetchall()
+    kept = audit(url, "SELECT name, author, losses FROM run_references WHERE run = 'run' ORDER BY id")
     assert kept == [("old.csv", "ann", None), ("good", "bob", None), ("", "ann", b"")]
 
 
@@ -110,7 +121,7 @@ def test_silences_come_back_in_the_order_they_were_added_as_they_are_now(journal
     assert journal.silences() == (expired, second)
 
 
-def test_every_record_comes_back_as_it_went(journal):
+def test_every_record_comes_back_as_it_went(journal, url):
     seen = incident(
         "al1",
         names=("LossSpike", "GradientSpike"),
@@ -166,9 +177,8 @@ def test_every_record_comes_back_as_it_went(journal):
     assert stored.mode.mode == "enforce"
     assert [row.sequence for row in stored.samples] == [2, 3]
     assert stored.attempts[0].acknowledged == 3
-    with closing(sqlite3.connect(journal.path)) as beside:  # a NaN is a NULL there
-        columns = "quantity, block, estimator, value, stderr, draws, step, residual, method"
-        kept = beside.execute(f"SELECT {columns} FROM estimates ORDER BY id").fetchall()  # noqa: S608
+    columns = "quantity, block, estimator, value, stderr, draws, step, residual, method"
+    kept = audit(url, f"SELECT {columns} FROM estimates ORDER BY id")  # noqa: S608  a NaN is a NULL there
     assert kept == [
         ("trace", "qk", "gnb", 2.0, None, 4, 7, None, ""),
         ("top_eigenvalue", "", "lanczos", 9.0, 0.5, 2, 8, 0.25, "autograd"),
@@ -186,12 +196,20 @@ def test_a_record_that_changes_keeps_its_place(journal):
     ]
 
 
-def audit(journal: Journal, query: str) -> list[tuple]:
-    with closing(sqlite3.connect(journal.path)) as beside:
-        return beside.execute(query).fetchall()
+@contextmanager
+def beside(url: str):
+    """Another connection to a journal's database."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        yield connection
 
 
-def test_what_people_and_policies_did_is_kept_step_by_step_for_ever(journal):
+def audit(url: str, query: str) -> list[tuple]:
+    with beside(url) as connection:
+        return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+
+def test_what_people_and_policies_did_is_kept_step_by_step_for_ever(journal, url):
     rows = [
         TransitionRow("run", "d1", 1.0, "proposed", "z 9", "", ""),
         TransitionRow("run", "d1", 2.0, "approved", "z 9", "ann", "go on"),
@@ -203,36 +221,37 @@ def test_what_people_and_policies_did_is_kept_step_by_step_for_ever(journal):
     for first in range(1, 1000, 50):  # far beyond what is retained of samples
         write(journal, samples=samples(first, first + 49))
     columns = "run, decision, at, outcome, detail, author, reason"
-    assert audit(journal, f"SELECT {columns} FROM transitions ORDER BY id") == list(map(astuple, rows))  # noqa: S608
-    kept = audit(journal, "SELECT run, mode, author, reason, made_at FROM modes ORDER BY id")
+    assert audit(url, f"SELECT {columns} FROM transitions ORDER BY id") == list(map(astuple, rows))  # noqa: S608
+    kept = audit(url, "SELECT run, mode, author, reason, made_at FROM modes ORDER BY id")
     assert kept == list(map(astuple, modes))
     assert journal.load("run", samples=0).mode.mode == "observe"
 
 
-def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journal):
+def test_a_decision_and_its_transition_are_written_together_or_not_at_all(journal, url):
     made = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
     broken = TransitionRow("run", "d1", 1.0, None, "", "", "")  # violates NOT NULL
     with pytest.raises(StoreError):
         write(journal, attempts=(ATTEMPT,), decisions=(made,), transitions=(broken,))
-    assert audit(journal, "SELECT * FROM decisions") == []
+    assert audit(url, "SELECT * FROM decisions") == []
 
 
 def old_journal(path: Path, version: int) -> None:
     """A journal as the sharpwatch of that schema left it, with three samples and an estimate."""
-    with closing(sqlite3.connect(path)) as beside:
-        beside.executescript("".join(SCHEMAS[:version]))
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript("".join(SCHEMAS[:version]))
         rows = [("run", "a1", n, n + 10, b"x") for n in (1, 2, 3)]
-        beside.executemany("INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)", rows)
-        beside.execute(
+        old.executemany("INSERT INTO samples (run, attempt, sequence, step, payload) VALUES (?, ?, ?, ?, ?)", rows)
+        old.execute(
             "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws) "
             "VALUES ('run', 'trace', 'qk', 'gnb', 7, 2.0, 0.5, 4)"
         )
-        beside.execute(f"PRAGMA user_version={version}")
-        beside.commit()
+        old.execute(f"PRAGMA user_version={version}")
+        old.commit()
 
 
 @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
-def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
+def test_a_journal_of_an_earlier_schema_is_taken_on(file_url, tmp_path, version):
+    url = file_url
     old_journal(tmp_path / "journal.db", version)
     sharp = EstimateRow("run", "top_eigenvalue", "qk", Estimate(9.0, 0.5, 2, "lanczos", 8, 0.25, "autograd"))
     sent = TransitionRow("run", "d1", 1.0, "sent", "", "ann", "")
@@ -240,8 +259,9 @@ def test_a_journal_of_an_earlier_schema_is_taken_on(url, tmp_path, version):
         write(journal, transitions=(sent,), estimates=(sharp,))
         assert len(journal.load("run", samples=10).samples) == 3
     with closing(Journal(url, retain_samples=100)) as journal:
-        assert audit(journal, "SELECT decision FROM transitions") == [("d1",)]
-        kept = audit(journal, "SELECT value, residual, method FROM estimates ORDER BY id")
+        assert audit(url, "SELECT decision FROM transitions") == [("d1",)]
+        assert_tables_of_the_code(url)
+        kept = audit(url, "SELECT value, residual, method FROM estimates ORDER BY id")
         assert kept == [(2.0, None, ""), (9.0, 0.25, "autograd")]
 
 
@@ -254,7 +274,7 @@ def test_a_revision_may_only_be_put_in_force(journal):
     applied = replace(REVISION, applied_step=9)
     write(journal, revisions=(applied,))
     for other in (replace(applied, multipliers={"qk": 0.1}), replace(applied, applied_step=10), REVISION):
-        with pytest.raises(RevisionConflictError, match=r"journal\.db: revision 1 of run run is there .* decision d1"):
+        with pytest.raises(RevisionConflictError, match=r"revision 1 of run run is there .* decision d1"):
             write(journal, samples=samples(1, 1), revisions=(other,))
         assert journal.load("run", samples=1).revisions == (applied,)
     assert journal.load("run", samples=1).samples == ()  # nothing of a transaction that is refused
@@ -262,11 +282,11 @@ def test_a_revision_may_only_be_put_in_force(journal):
     assert journal.load("run", samples=1).revisions == (applied, replace(REVISION, revision=2))
 
 
-def test_a_revision_of_an_earlier_version_may_be_put_in_force(journal):
+def test_a_revision_of_an_earlier_version_may_be_put_in_force(journal, url):
     write(journal, attempts=(ATTEMPT,), revisions=(REVISION,))
     old = {key: value for key, value in asdict(REVISION).items() if key not in {"base", "update_every", "undoes"}}
-    with closing(sqlite3.connect(journal.path)) as beside, beside:
-        beside.execute("UPDATE revisions SET record = ?", [json.dumps(old)])
+    with beside(url) as connection:
+        connection.execute(text("UPDATE revisions SET record = :old"), {"old": json.dumps(old)})
     applied = replace(REVISION, applied_step=9)
     write(journal, revisions=(applied,))
     assert journal.load("run", samples=1).revisions == (applied,)
@@ -323,25 +343,65 @@ def filled(journal: Journal) -> None:
         "DELETE FROM requests",
     ],
 )
-def test_what_is_kept_for_ever_can_not_be_changed_or_deleted(journal, statement):
+def test_what_is_kept_for_ever_can_not_be_changed_or_deleted(journal, url, statement):
     filled(journal)
     table = statement.split()[2] if "DELETE" in statement else statement.split()[1]
-    before = audit(journal, f"SELECT * FROM {table}")  # noqa: S608
+    before = audit(url, f"SELECT * FROM {table}")  # noqa: S608
     assert before
-    with (
-        pytest.raises(sqlite3.DatabaseError, match="the journal is append-only"),
-        closing(sqlite3.connect(journal.path)) as beside,
-        beside,
-    ):
-        beside.execute(statement)
-    assert audit(journal, f"SELECT * FROM {table}") == before  # noqa: S608
+    # Bytes are written otherwise in PostgreSQL.
+    statement = statement if url.startswith("sqlite") else statement.replace("x'00'", "'x'::bytea")
+    with pytest.raises(DBAPIError, match="the journal is append-only"), beside(url) as connection:
+        connection.exec_driver_sql(statement)
+    assert audit(url, f"SELECT * FROM {table}") == before  # noqa: S608
+
+
+def test_replacing_a_row_is_deleting_it(file_url):
+    """`INSERT OR REPLACE` would go around the constraints on deletions, if SQLite were not told otherwise."""
+    with closing(Journal(file_url, retain_samples=100)) as journal:
+        write(journal, attempts=(ATTEMPT,), revisions=(REVISION,))
+        with (
+            pytest.raises(StoreError, match="the journal is append-only"),
+            journal._database.transaction() as connection,
+        ):
+            connection.exec_driver_sql("INSERT OR REPLACE INTO revisions VALUES ('run', 1, '{}')")
+        assert journal.load("run", samples=1).revisions == (REVISION,)
 
 
 def test_a_sample_that_violates_the_schema_is_not_taken_for_one_that_came_twice(journal):
     write(journal, attempts=(ATTEMPT,))
     (broken,) = samples(1, 1)
-    with pytest.raises(StoreError, match="NOT NULL"):
+    with pytest.raises(StoreError, match=r"(?i)not.null"):
         write(journal, samples=(replace(broken, payload=None),))
+
+
+def shape(table: Table) -> dict:
+    """What the code relies on of a table."""
+    columns = {
+        column.name: (
+            column.type.python_type,
+            column.nullable or column.primary_key,
+        )  # a key is never NULL in SQLAlchemy
+        for column in table.columns
+        if column.name != "rowid"
+    }
+    unique = {tuple(each.columns.keys()) for each in table.constraints if isinstance(each, UniqueConstraint)}
+    indexes = {(each.name, tuple(each.columns.keys())) for each in table.indexes if not each.unique}
+    return {"columns": columns, "key": table.primary_key.columns.keys(), "unique": unique, "indexes": indexes}
+
+
+def assert_tables_of_the_code(url: str) -> None:
+    found = MetaData()
+    with beside(url) as connection:
+        found.reflect(connection)
+    assert found.tables.keys() == {*metadata.tables, "sharpwatch_version"}
+    for name, table in metadata.tables.items():
+        assert shape(found.tables[name]) == shape(table), name
+    assert audit(url, "SELECT version_num FROM sharpwatch_version") == [(f"{SCHEMA_VERSION:04d}",)]
+
+
+@pytest.mark.usefixtures("journal")
+def test_the_database_has_the_tables_of_the_code(url):
+    assert_tables_of_the_code(url)
 
 
 def test_resent_samples_are_kept_once_and_old_ones_go(journal):
@@ -362,14 +422,16 @@ def test_a_closing_sample_closes_its_attempt(journal):
 
 
 def test_a_second_daemon_is_kept_out(journal, url):
-    with pytest.raises(StoreError, match=r"journal\.db: another daemon is using it"):
+    with pytest.raises(JournalInUseError, match=": another daemon is using it"):
         Journal(url, retain_samples=100)
     assert journal.runs() == ()
+    journal.close()
+    Journal(url, retain_samples=100).close()
 
 
 def test_what_can_not_be_a_journal_is_refused_with_path_and_cause(tmp_path):
-    with pytest.raises(StoreError, match="must be sqlite:///PATH"):
-        Journal("postgresql://somewhere", retain_samples=1)
+    with pytest.raises(StoreError, match="must be sqlite:///PATH or postgresql"):
+        Journal("mysql://somewhere", retain_samples=1)
     with pytest.raises(StoreError, match=r"nowhere/j\.db: No such file or directory"):
         Journal(f"sqlite:///{tmp_path}/nowhere/j.db", retain_samples=1)
     (tmp_path / "text.db").write_text("this is not a database, and long enough that SQLite looks at its header\n" * 20)
@@ -402,17 +464,19 @@ def test_decisions_come_back_in_the_order_they_were_made_though_the_clock_went_b
     assert journal.load("run", samples=1).decisions == tuple(made)
 
 
-def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(journal):
-    write(journal, attempts=(ATTEMPT,), samples=samples(1, 2))
-    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
-    journal._connection.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLITE_FULL, as a full disk gives it
-    large = samples(3, 10, size=100_000)
-    with pytest.raises(StoreError, match=r"journal\.db: database or disk is full"):
+def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(file_url):
+    with closing(Journal(file_url, retain_samples=100)) as journal:
+        write(journal, attempts=(ATTEMPT,), samples=samples(1, 2))
+        connection = journal._database.connection().connection.driver_connection
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count={pages + 2}")  # SQLITE_FULL, as a full disk gives it
+        large = samples(3, 10, size=100_000)
+        with pytest.raises(StoreError, match=r"journal\.db: database or disk is full"):
+            write(journal, samples=large)
+        assert [row.sequence for row in journal.load("run", samples=99).samples] == [1, 2]
+        connection.execute("PRAGMA max_page_count=1000000")
         write(journal, samples=large)
-    assert [row.sequence for row in journal.load("run", samples=99).samples] == [1, 2]
-    journal._connection.execute("PRAGMA max_page_count=1000000")
-    write(journal, samples=large)
-    assert journal.load("run", samples=99).attempts[0].acknowledged == 10
+        assert journal.load("run", samples=99).attempts[0].acknowledged == 10
 
 
 WRITER = """

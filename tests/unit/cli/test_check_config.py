@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharpwatch.cli.commands.serve import describe_config
+from sharpwatch.cli.main import main
 from sharpwatch.cli.output import plain
 from sharpwatch.daemon.config.load import load_config
 
@@ -53,6 +54,18 @@ def described(tmp_path):
 def test_all_that_is_configured_is_said_without_what_may_be_secret(described):
     assert described(WHOLE) == SHOWN
     assert "secret" not in described(WHOLE)
+
+
+def test_a_password_of_the_journal_is_not_printed(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        'daemon: {store: "postgresql+psycopg://ann:secret@db/x", retain_days: 7.5, retain_bytes: 50_000_000}'
+    )
+    for arguments in (["check-config", str(path)], ["check-config", str(path), "--json"]):
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert "postgresql+psycopg://ann:***@db/x" in printed
+        assert "secret" not in printed
 
 
 def test_what_is_not_configured_is_said_too(described):

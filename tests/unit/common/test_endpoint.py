@@ -5,7 +5,7 @@ import random
 import pytest
 
 from sharpwatch.agent.transport.courier import FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS
-from sharpwatch.common.endpoint import Backoff, parse_address
+from sharpwatch.common.endpoint import Backoff, parse_address, without_password
 
 NO_ADDRESS = """
 localhost localhost: :7741 localhost:0 localhost:65536 localhost:-1 http://localhost:7741 dns:///a:1 ::1:7741 [::1]
@@ -74,3 +74,22 @@ def test_waits_differ_between_couriers():
 def test_without_jitter_waits_are_whole():
     backoff = Backoff(1.0, 5.0)
     assert [backoff.next() for _ in range(4)] == [1.0, 2.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://ann@host/db", "postgresql+psycopg://ann@host/db"),
+        ("postgresql+psycopg://ann:secret@host:5432/db", "postgresql+psycopg://ann:***@host:5432/db"),
+        ("postgresql+psycopg://ann:se/cr@et@host/db", "postgresql+psycopg://ann:***@host/db"),
+        ("postgresql+psycopg://:secret@host/db", "postgresql+psycopg://:***@host/db"),
+        (
+            "postgresql+psycopg://host/db?user=ann&password=secret&x=1",
+            "postgresql+psycopg://host/db?user=ann&password=***&x=1",
+        ),
+        ("postgres://ann:secret@host:port", "postgres://ann:***@host:port"),
+        ("sqlite:////a/b:c@d.db", "sqlite:////a/b:c@d.db"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url, shown):
+    assert without_password(url) == shown
