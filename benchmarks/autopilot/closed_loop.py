@@ -32,7 +32,7 @@ class ClosedLoop(InMemoryTransport):
 
     Attributes:
         probes: How many probes came.
-        probe_tokens: How many tokens they saw.
+        probe_rows: How many rows of a batch they saw.
         probe_seconds: How long they took.
         changes: Each step at which multipliers were changed, and to what.
     """
@@ -43,7 +43,7 @@ class ClosedLoop(InMemoryTransport):
         self._of_applied = of_applied
         self._window: deque[ProbedStep] = deque(maxlen=WINDOW)
         self._in_force: dict[str, float] = {}
-        self.probes = self.probe_tokens = 0
+        self.probes = self.probe_rows = 0
         self.probe_seconds = 0.0
         self.changes: list[tuple[int, dict[str, float]]] = []
 
@@ -57,7 +57,7 @@ class ClosedLoop(InMemoryTransport):
         self.samples = [request.sample]
         if request.sample.HasField("direction"):
             self.probes += 1
-            self.probe_tokens += request.sample.direction.tokens
+            self.probe_rows += request.sample.direction.rows
             self.probe_seconds += request.sample.direction.seconds
             self._answer(request.sample)
 

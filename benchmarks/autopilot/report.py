@@ -60,9 +60,9 @@ def _line(results: Results, name: str, every: dict[str, dict[int, Result]], best
     )
     reached = [_steps_to(one, other) for one, other in pairs]
     steps = "–" if not reached or None in reached else f"{fmean(each or 0.0 for each in reached):.0f}"
-    rows, length = SHAPES[results.size]
+    rows, _ = SHAPES[results.size]
     time = fmean(one.probe_seconds / one.seconds for one in judged.values())
-    tokens = fmean(PASSES * one.probe_tokens / (one.cell.steps * rows * length) for one in judged.values())
+    tokens = fmean(PASSES * one.probe_rows / (one.cell.steps * rows) for one in judged.values())
     rate = results.rate(name)
     measured = f"{_mean(judged):.3f} | {apart} | {apart_from_best} | {steps} | {time:.1%} | {tokens:.2%}"
     return f"| {name} | {rate:g} | {len(judged)} | {measured} |"

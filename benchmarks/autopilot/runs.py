@@ -57,7 +57,7 @@ class Result:
         loss: Held-out loss at the end; infinite where it diverged.
         curve: Held-out loss at each evaluation, on fewer rows.
         seconds: Of all steps, probes included and evaluations not.
-        probes, probe_tokens, probe_seconds: What probes cost.
+        probes, probe_rows, probe_seconds: What probes cost.
         changes: Each step at which multipliers were changed, and to what.
     """
 
@@ -67,7 +67,7 @@ class Result:
     curve: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     probes: int = 0
-    probe_tokens: int = 0
+    probe_rows: int = 0
     probe_seconds: float = 0.0
     changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
@@ -117,7 +117,7 @@ class _Training:
             found.loss = self._evaluate(LAST_WINDOWS)
         if watch is not None and loop is not None:
             watch.close()
-            found.probes, found.probe_tokens, found.probe_seconds = loop.probes, loop.probe_tokens, loop.probe_seconds
+            found.probes, found.probe_rows, found.probe_seconds = loop.probes, loop.probe_rows, loop.probe_seconds
             found.changes = [(at, {block: round(m, 4) for block, m in to.items()}) for at, to in loop.changes]
         return found
 
