@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from daemons import PATIENCE
 from missing import missing
 
 from scripts import filled, printed
@@ -229,8 +231,11 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, trainings, tmp_pat
     (run,) = [one["run"] for one in daemon.cli("jobs")["runs"]]
     back = ("rollback", run, "--to-step", "7", "--skip", "7:9", "--reason", "noise")
     with away(tmp_path / "out/checkpoint/step-10"):
-        gone = daemon.command("rollback", run, "--reason", "to the newest")
-    assert "step-10: not there any more" in gone.stderr
+        # Stopped, or it may take a step in between, and tell that the checkpoint is gone.
+        with stopped(trainer.process.pid):
+            daemon.cli("rollback", run, "--reason", "to the newest", "--no-wait")
+        gone = answered(daemon, run)
+    assert "step-10: not there any more" in gone["detail"]
     offered = {one["step"] for one in daemon.cli("show", run)["checkpoints"]}  # the trainer may have saved more since
     assert 5 in offered
     assert 10 not in offered
@@ -254,6 +259,24 @@ def test_a_rollback_ends_where_a_restart_by_hand_ends(daemon, trainings, tmp_pat
     for block in daemon.cli("show", run)["blocks"]:
         assert block["gradient_norm"] > 0
         assert "gnb" in {estimate["estimator"] for estimate in block["estimates"]}  # through the head and the mask
+
+
+def answered(daemon, run) -> dict:
+    """The newest decision on the run, once the trainer has answered it."""
+    deadline = time.monotonic() + PATIENCE
+    while (made := daemon.cli("decisions", run)["decisions"][0])["outcome"] == "sent":
+        assert time.monotonic() < deadline, made
+        time.sleep(0.1)  # it can only be asked for
+    return made
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
