@@ -298,7 +298,10 @@ def resolve_run(stub: OperatorServiceStub, given: str) -> str:
         OperatorError: No run's name begins so, or more than one.
     """
     found = [run.run for run in all_runs(stub, given)]
-    return match_run(given, found or [run.run for run in stub.ListRuns(ListRunsRequest(held_only=True)).runs])
+    # The others are named in the error alone; a daemon that has no run in memory may have some in its journal.
+    for others in (ListRunsRequest(held_only=True), ListRunsRequest()):
+        found = found or [run.run for run in stub.ListRuns(others).runs]
+    return match_run(given, found)
 
 
 def match_run(given: str, names: Sequence[str]) -> str:

@@ -325,7 +325,7 @@ class Pipeline:
             pending, self._pending = self._pending, PendingWrites()
             try:
                 if entries or pending != PendingWrites():
-                    await self._timed_write(pending, _rows(entries, time.time()))
+                    await self._timed_write(pending, _rows(entries, time.time() - time.monotonic()))
             except StoreError as error:
                 pending.add_newer(self._pending)
                 if isinstance(error, RevisionConflictError):
@@ -550,7 +550,7 @@ def _log_decision(run: str, decision: Decision) -> None:
     )
 
 
-def _rows(entries: Sequence[QueuedSample], now: float) -> list[SampleRow]:
+def _rows(entries: Sequence[QueuedSample], clock: float) -> list[SampleRow]:
     return [
         SampleRow(
             run=entry.run,
@@ -558,7 +558,8 @@ def _rows(entries: Sequence[QueuedSample], now: float) -> list[SampleRow]:
             sequence=entry.reading.sequence,
             step=entry.reading.step,
             payload=entry.payload,
-            received_at=now,
+            # Not when it is written: what waited while its run was released came before that.
+            received_at=clock + entry.received_at,
             closing=entry.reading.closing,
         )
         for entry in entries

@@ -29,7 +29,6 @@ log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 _TWINS = 16  # ended runs that are brought back at the start for each data order; more add nothing
 _FORGOTTEN = "the run was forgotten"
-_REQUESTS = 1_000  # of a run since its last sample, among which a release is looked for
 _NAMED = 10_000  # names and ids that one look-up returns
 
 
@@ -98,7 +97,10 @@ class RunLoader:
         if owner != run:
             raise WireError("wrong_run", f"attempt {identity} belongs to run {owner}")
         attempt = read_attempt(row)
-        if attempt is not None and self._runs.get(run) is not None:
+        if attempt is None:
+            return
+        attempt.released = row.seen_at <= await self.ask(partial(catalog.released_at, run=run))
+        if self._runs.get(run) is not None:
             self._runs.remember(attempt)
 
     async def ask(self, question: Callable[[Connection], Result]) -> Result:
@@ -212,20 +214,26 @@ class RunLoader:
         # On a thread, as many samples take long to fold; and apart, so that nobody meets a run that is half there.
         apart = self._runs.apart()
         changes = await asyncio.to_thread(restore_run, apart, stored)
-        if apart.get(name) is None:
+        restored = apart.get(name)
+        if restored is None:
             # Anew it would begin with revision 0, and its next decision would replace one that is kept.
             raise StoreError(f"run {name}: this version can't read what the journal has of it")
+        reference = restored.reference
+        # What it is held against comes before it, since coming later it could take its place in memory again. One that
+        # is on its way is not awaited: it may be held against this one in turn, and they find each other once both
+        # are there.
+        if reference is not None and not reference.losses and reference.name not in self._loading:
+            await self.bring_back((reference.name,))
         run = self._runs.adopt(apart, name, time.time())
         if run is None:
             raise NoRoomError("the daemon holds as many live runs as it can")
-        asked = await self._store.requests(name, stored.attempts[-1].seen_at, _REQUESTS)
-        run.attempt.released = any(row.action == "release" and row.outcome == "released" for row in asked)
+        released_at = await self.ask(partial(catalog.released_at, run=name))
+        seen_at = {row.attempt: row.seen_at for row in stored.attempts}
+        for attempt in self._runs.attempts(name):
+            attempt.released = seen_at[attempt.hello.attempt] <= released_at
         if stored.attempts[-1].seen_at < self._began_at and run.phase == "silent":
             run.attempt.presence.await_return(self._began_monotonic)  # its trainer has noticed the restart
         await self._pipeline.restored(run, changes)
-        if run.reference is not None and not run.reference.losses and run.reference.name != name:
-            # It may be held against this one in turn, so this one is there by now.
-            await self.get(run.reference.name)
         if self._runs.get(name) is run:
             self._pipeline.take_up(run)
         return run

@@ -334,8 +334,8 @@ class AgentService:
         """Has the run and the attempt of a Hello in memory, if the journal has them."""
         try:
             run = await self._loader.get(hello.run)
-            if run is not None:
-                await self._loader.find_attempt(hello.run, hello.attempt)
+            # Of a new run, too: its attempt may be one of a run that is in the journal alone.
+            await self._loader.find_attempt(hello.run, hello.attempt)
         except NoRoomError as error:
             raise RefusedError("runs", grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except StoreError as error:
@@ -377,6 +377,8 @@ class AgentService:
         session.finish()
 
     def _take(self, message: bytes, session: Session) -> None:
+        if session.attempt.released:
+            return  # its session is about to end; a sample after the release would undo that at the next start
         received_at = time.monotonic()
         session.attempt.presence.heard(received_at)
         run = self._runs.get(session.attempt.hello.run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
@@ -17,6 +17,7 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Changes, Decision, Incident
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
+from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
 from sharpwatch.errors import NoRoomError, OperatorError, StoreError
 from sharpwatch.wire import MAX_TEXT
@@ -141,6 +142,16 @@ class OperatorCalls:
         name, identity = found[0]
         return await self._run(name, context), identity
 
+    async def _decision(self, run: Run, identity: str, context: Context) -> Decision:
+        """A decision by its whole id. One that memory has let go of is settled, and the journal has it."""
+        made = next((one for one in run.controller.decisions if one.id == identity), None)
+        if made is None:
+            _, kept = await self._look_up(self._loader.ask(partial(catalog.told, ids=[identity])), context)
+            if not kept:
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"no decision {identity!r}")
+            made = kept[0]
+        return made
+
     async def _incident_to_answer(self, given: str, context: Context) -> tuple[Run, Incident]:
         """Finds an incident and its run by the incident's whole id."""
         found = await self._look_up(self._loader.incidents(given), context)
@@ -160,8 +171,8 @@ class OperatorCalls:
         whole = next((one for one in found if one[1] == given), None)
         if whole is None:
             # Of ended runs that are not in memory nothing can be answered any more, unless it is named in full.
-            held = ((self._runs.get(name), identity) for name, identity in found)
-            open_ones = [one for run, one in held if run is not None and can(decision_of(run, one).outcome, event)]
+            held = {made.id: made for run in self._runs for made in run.controller.decisions}
+            open_ones = [one for _, one in found if one in held and can(held[one].outcome, event)]
             await refuse_name(context, "decision", given, open_ones)
         name, identity = whole
         return await self._run(name, context), identity

@@ -377,7 +377,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         shown = None
         while True:
             version = run.signal.version
-            made = decision_of(run, identity)
+            made = await self._decision(run, identity, context)
             if made != shown:
                 yield pb.WatchDecisionResponse(decision=decision_message(made))
             if is_settled(made):
@@ -576,9 +576,10 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         limit = min(limit, _MOST)
         runs = [await self._run(name, context)] if name else list(self._runs)
         made = {one.id: one for run in runs for one in reversed(run.controller.decisions)}
-        if not name:  # of runs that are not in memory, too
-            kept = await self._look_up(self._loader.ask(partial(catalog.newest_decisions, limit=limit)), context)
-            made = {one.id: one for one in kept if one.id not in made} | made
+        # Memory has not all of a run, and not all runs.
+        ask = partial(catalog.newest_decisions, run=name, limit=limit)
+        kept = await self._look_up(self._loader.ask(ask), context)
+        made = {one.id: one for one in kept if one.id not in made} | made
         # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
         return heapq.nlargest(limit, made.values(), key=lambda one: one.made_at)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,14 @@ def attempt(connection: Connection, identity: str) -> tuple[str, StoredAttempt] 
     return None if row is None else (row.run, stored_attempt(row))
 
 
+def released_at(connection: Connection, run: str) -> float:
+    """When an operator last released a run, in unix seconds; minus infinity for never."""
+    of = tables.requests.c
+    released = (of.run == run) & (of.action == "release") & (of.outcome == "released")
+    found = connection.execute(select(func.max(of.at)).where(released)).scalar_one()
+    return -math.inf if found is None else found
+
+
 def names_in_hellos(connection: Connection, word: str, limit: int) -> tuple[str, ...]:
     """The runs whose Hello has `word` somewhere, such as the name of a data order, the newest first."""
     of = tables.attempts.c
@@ -168,10 +177,11 @@ def incidents_that_begin(connection: Connection, prefix: str, limit: int) -> tup
     return _that_begin(connection, tables.alerts, prefix, limit)
 
 
-def newest_decisions(connection: Connection, limit: int) -> tuple[Decision, ...]:
-    """The newest decisions of all runs, the newest first."""
+def newest_decisions(connection: Connection, run: str, limit: int) -> tuple[Decision, ...]:
+    """The newest decisions of a run, or of all runs for an empty name, the newest first."""
     of = tables.decisions.c
     query = select(of.record).order_by(of.made_at.desc(), of.rowid.desc()).limit(limit)
+    query = query.where(of.run == run) if run else query
     return tuple(map(decision_of, connection.execute(query).scalars()))
 
 

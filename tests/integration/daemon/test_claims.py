@@ -11,6 +11,7 @@ import pytest
 
 from sharpwatch.common.credentials import make_credential, write_credentials
 from sharpwatch.daemon.ingest import hello as hellos
+from sharpwatch.daemon.runs import run as runs
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 
@@ -183,6 +184,20 @@ async def test_a_name_stays_released_over_a_restart_until_somebody_has_it(guarde
         await trained(daemon, build, owners.shown["bob"], attempt="a2")
     async with guarded() as daemon:
         assert (await refused(daemon, build, owners.shown["alice"], attempt="a3"))[0] is FORBIDDEN
+
+
+@pytest.mark.parametrize("others", [1, runs.MAX_ATTEMPTS + 1])
+async def test_who_was_released_does_not_come_back_once_the_next_has_left(running, build, others):
+    secret = {"secret": b"s" * 32}
+    async with running() as daemon:
+        await trained(daemon, build, **secret)
+        await daemon.operator.ReleaseRun(RELEASE, metadata=daemon.credentials)
+        for number in range(others):
+            await trained(daemon, build, attempt=f"next-{number}")
+    async with running() as daemon:
+        code, reason = await refused(daemon, build, attempt="a1", **secret)
+        assert (code, reason.partition(";")[0]) == (FORBIDDEN, "run run was released by an operator")
+        (await trained(daemon, build, attempt="next-0")).call.cancel()
 
 
 async def test_only_an_operator_releases(guarded, owners, build):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from sharpwatch.daemon.decisions import decision_log
+from sharpwatch.daemon.runs import restore
 from sharpwatch.daemon.runs import run as runs
 from sharpwatch.v1 import agent_pb2, types_pb2
 from sharpwatch.v1 import operator_pb2 as pb
@@ -124,6 +126,33 @@ async def test_an_attempt_of_a_run_that_left_is_no_attempt_of_another(small, bui
     )
 
 
+async def test_an_attempt_of_a_run_that_left_begins_no_run(small, build):
+    await revised(small, build)
+    await leaves(small, build, "old")
+    trainer = small.connect()
+    await trainer.send(build.hello("never-seen", "old-1"))
+    assert await trainer.ended() == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "wrong_run: attempt old-1 belongs to run old",
+    )
+
+
+async def test_a_decision_that_left_memory_is_still_found(small, build, monkeypatch):
+    monkeypatch.setattr(decision_log, "KEPT", 0)
+    await revised(small, build)
+    stub, operator = small.operator, {"metadata": small.credentials}
+    planned = pb.SetLearningRatesRequest(run="old", multipliers={"ffn": 0.5}, apply_at_step=1_000, author="ann")
+    made = (await stub.SetLearningRates(planned, **operator)).decision
+    await stub.CancelDecision(pb.CancelDecisionRequest(id=made.id, author="ann"), **operator)
+    watch = stub.WatchDecision(pb.WatchDecisionRequest(id=made.id[:-1]))
+    assert (await watch.read()).decision.outcome == "cancelled"
+    newest = (await stub.ListDecisions(pb.ListDecisionsRequest(run="old"))).decisions[0]
+    assert (newest.id, newest.outcome) == (made.id, "cancelled")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.ApproveDecision(pb.ApproveDecisionRequest(id=made.id[:-1], author="ann"), **operator)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 @pytest.mark.parametrize("call", ["lr set", "show", "mode", "undo", "history", "silence", "audit of all", "decision"])
 async def test_an_operator_who_names_a_run_that_left_gets_it_as_it_was(small, build, call):
     made = await revised(small, build)
@@ -158,6 +187,32 @@ async def test_an_operator_who_names_a_run_that_left_gets_it_as_it_was(small, bu
             watch = stub.WatchDecision(pb.WatchDecisionRequest(id=made[0][:-1]))
             assert (await watch.read()).decision.run == "old"
             watch.cancel()
+
+
+async def test_runs_that_are_held_against_each_other_come_back_where_there_is_room_for_one(small, build, monkeypatch):
+    for name in ("old", "older"):
+        await revised(small, build, name, f"{name}-1")
+    for name, other in (("old", "older"), ("older", "old")):
+        reference = pb.SetReferenceRequest(run=name, reference=other, author="ann")
+        await small.operator.SetReference(reference, metadata=small.credentials)
+    await leaves(small, build, "old", "older")
+    monkeypatch.setattr(runs, "MAX_RUNS", 1)
+    for name in ("old", "older"):
+        found = await small.operator.GetRun(pb.GetRunRequest(run=name), timeout=20)
+        assert found.detail.run.lr_revision == 2
+
+
+async def test_a_run_comes_back_though_what_it_is_held_against_cannot(small, build, monkeypatch):
+    for name in ("old", "older"):
+        await revised(small, build, name, f"{name}-1")
+    reference = pb.SetReferenceRequest(run="old", reference="older", author="ann")
+    await small.operator.SetReference(reference, metadata=small.credentials)
+    await leaves(small, build, "old", "older")
+    readable = restore.read_attempt
+    monkeypatch.setattr(restore, "read_attempt", lambda row: None if row.attempt == "older-1" else readable(row))
+    trainer = await small.train("old", "old-1")
+    assert trainer.welcome.acknowledged_sequence == 3
+    trainer.call.cancel()
 
 
 async def test_a_run_that_left_is_held_against_and_tells_how_it_went_on(small, build):
