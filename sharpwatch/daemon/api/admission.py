@@ -128,6 +128,9 @@ class Admission:
         run = self._runs.get(hello.run)
         if run is None or run.snapshot.step is not None or run.is_live(now):
             return
+        # Samples that are too old are not kept; that they came is.
+        if run.controller.newest_revision or any(each.cursor.journalled for each in self._runs.attempts(run.name)):
+            return
         if run.attempt.hello.training_job != hello.training_job or not self._may_take(run, caller):
             self._runs.drop(run.name)
 

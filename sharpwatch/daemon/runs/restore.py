@@ -54,7 +54,7 @@ def restore_run(runs: Runs, stored: StoredRun) -> list[Changes]:
     # After the last `begin`: each makes a new controller, from the second on for a trainer that starts at 1.
     mode = None if stored.mode is None else stored.mode.mode
     run.controller.restore(stored.incidents, stored.decisions, stored.revisions, stored.checkpoints, mode, stored.plans)
-    if len(attempts) > 1 and all(row.attempt != newest.hello.attempt for row in stored.samples):
+    if len(attempts) > 1 and not newest.cursor.journalled:
         run.controller.begin_anew()  # the daemon ended before it received a sample of the newest attempt
     run.count_stored(stored)
     # They are sent again when the trainer connects, since nothing says whether it has received them.

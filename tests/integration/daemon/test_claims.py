@@ -200,6 +200,25 @@ async def test_who_was_released_does_not_come_back_once_the_next_has_left(runnin
         (await trained(daemon, build, attempt="next-0")).call.cancel()
 
 
+async def test_a_run_whose_samples_were_too_old_to_keep_is_still_its_owners(guarded, owners, build, tmp_path):
+    async with guarded() as daemon:
+        trainer = await trained(daemon, build, owners.shown["alice"], leaves=False)
+        rates = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="ann", reason="too sharp")
+        await daemon.operator.SetLearningRates(rates, metadata=daemon.credentials)
+        await trainer.leave()
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as journal, journal:
+        journal.execute("DELETE FROM samples")  # as `retain_days` has it
+    async with guarded() as daemon:
+        assert (await refused(daemon, build, owners.shown["bob"]))[0] is FORBIDDEN
+        code, _ = await refused(daemon, build, owners.shown["bob"], training_job="other")
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        (await trained(daemon, build, owners.shown["alice"], attempt="a3")).call.cancel()
+        again = await daemon.operator.SetLearningRates(rates, metadata=daemon.credentials)
+        kept = (await daemon.operator.ListRevisions(pb.ListRevisionsRequest(run="run"))).revisions
+        assert [one.revision for one in kept] == [*range(1, again.decision.revision + 1)]
+        assert (kept[0].multipliers["qk"], kept[0].reason) == (0.5, "too sharp")
+
+
 async def test_only_an_operator_releases(guarded, owners, build):
     async with guarded() as daemon:
         await trained(daemon, build, owners.shown["alice"])
