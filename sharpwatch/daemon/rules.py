@@ -34,8 +34,9 @@ class Rules:
         self._followers: list[Callable[[Config], None]] = []
 
     def follow(self, take_up: Callable[[Config], None]) -> None:
-        """Has `take_up` called with each configuration that comes into force."""
+        """Has `take_up` called with the configuration in force, and with each that comes into force."""
         self._followers.append(take_up)
+        take_up(self.config)  # a daemon that upgrades its journal starts for long, and this may have changed meanwhile
 
     def reload(self) -> None:
         """Reads the configuration and puts its rules in force; one that can't be used changes nothing."""
