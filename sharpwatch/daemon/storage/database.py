@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -35,6 +36,7 @@ from sharpwatch.daemon.storage.tables import commits, metadata
 from sharpwatch.errors import JournalInUseError, StoreError
 
 POSTGRESQL = "postgresql+psycopg"
+_LOCK_SECONDS = 2.0  # to wait for the lock of a daemon that was killed or has just ended
 # Of the session: a dead server or network is noticed on both sides, so that the lock of a daemon that is gone is not
 # held for hours, and this one's writes fail and are tried again.
 _SESSION = "-c synchronous_commit=on -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
@@ -244,9 +246,12 @@ class PostgresqlDatabase(Database):
     def _lock(self, connection: Connection) -> None:
         connection.exec_driver_sql("SET client_encoding TO 'UTF8'")
         # By the schema, since one database may have several journals.
-        taken = connection.exec_driver_sql(
-            f"SELECT pg_try_advisory_lock({APPLICATION_ID}, hashtext(current_schema()))"
-        ).scalar_one()
+        trying = f"SELECT pg_try_advisory_lock({APPLICATION_ID}, hashtext(current_schema()))"
+        # The server may not have noticed yet that the daemon that had it is gone.
+        until = time.monotonic() + _LOCK_SECONDS
+        while not (taken := connection.exec_driver_sql(trying).scalar_one()) and time.monotonic() < until:
+            connection.commit()
+            time.sleep(_LOCK_SECONDS / 40)
         connection.commit()
         if not taken:
             raise JournalInUseError(f"journal {self.name}: another daemon is using it")
