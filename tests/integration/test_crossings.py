@@ -13,7 +13,7 @@ LIMITS = {
     "attach": (49, 199),
     "step": (23, 135),
     "step with a gnb probe": (49, 310),
-    "sample with a gnb probe, at the daemon": (26, 130),
+    "sample with a gnb probe, at the daemon": (28, 140),
 }
 
 
