@@ -66,12 +66,14 @@ class Agent:
         self._measured = measured
         self._hello = hello(run, host)
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._call = self._channel.stream_stream(_METHOD, None, None)(None)
+        self._call: grpc.aio.StreamStreamCall[bytes, bytes]
         self._sent: deque[tuple[int, float, int]] = deque()  # sequence, when, bytes
         self._news = asyncio.Event()
 
     async def open(self) -> None:
         """Sends the Hello and awaits the Welcome."""
+        # Not before: the daemon ends the oldest of the calls that wait for their first message where there are many.
+        self._call = self._channel.stream_stream(_METHOD, None, None)()
         await self._call.write(self._hello)
         response = agent_pb2.SessionResponse.FromString(await self._call.read())
         assert response.HasField("welcome"), response
