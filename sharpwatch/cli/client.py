@@ -230,6 +230,8 @@ def _unavailable(message: str, address: str) -> str:
         found = re.search(r"certificate verify failed|CERTIFICATE_VERIFY_FAILED", message, re.IGNORECASE)
         why = "its certificate is not one of --tls-ca, or names another host" if found else "does it serve TLS?"
         return f"no TLS with the daemon at {address}: {why}"
+    if message.startswith("failed to connect") and "Socket closed" in message:  # taken, and closed at the first bytes
+        return f"daemon at {address} closes the connection; does it serve TLS? then name its authority: --tls-ca FILE"
     # gRPC's message for a failed connection lists every address it tried, which only distracts.
     if not message or message.startswith(
         ("failed to connect", "connections to all", "DNS resolution", "Socket closed")

@@ -128,6 +128,11 @@ def test_candidates_are_listed(given, names, expected):
         ),
         (
             grpc.StatusCode.UNAVAILABLE,
+            "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:127.0.0.1:7741: Socket closed",
+            "daemon at h:1 closes the connection; does it serve TLS? then name its authority: --tls-ca FILE",
+        ),
+        (
+            grpc.StatusCode.UNAVAILABLE,
             "draining",
             "daemon at h:1 can't do this now: draining",
         ),
