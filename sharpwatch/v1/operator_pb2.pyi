@@ -853,6 +853,7 @@ class Decision(google.protobuf.message.Message):
     REASON_FIELD_NUMBER: builtins.int
     UPDATE_EVERY_FIELD_NUMBER: builtins.int
     CANCELLED_BY_FIELD_NUMBER: builtins.int
+    WAITS_FIELD_NUMBER: builtins.int
     id: builtins.str
     run: builtins.str
     made_at_unix_ns: builtins.int
@@ -878,6 +879,8 @@ class Decision(google.protobuf.message.Message):
     reason: builtins.str
     cancelled_by: builtins.str
     """Who has asked the trainer to cancel it; empty for nobody."""
+    waits: builtins.str
+    """Why its command reaches no trainer now; empty where it has none, or a trainer is there."""
     @property
     def multipliers(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
     @property
@@ -909,10 +912,11 @@ class Decision(google.protobuf.message.Message):
         reason: builtins.str = ...,
         update_every: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         cancelled_by: builtins.str = ...,
+        waits: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "applied_step", b"applied_step", "rollback", b"rollback"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "cancelled_by", b"cancelled_by", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step", "action", b"action", "alert_id", b"alert_id", "alert_name", b"alert_name", "applied_step", b"applied_step", "author", b"author", "cancelled_by", b"cancelled_by", "detail", b"detail", "guard", b"guard", "id", b"id", "made_at_unix_ns", b"made_at_unix_ns", "mode", b"mode", "multipliers", b"multipliers", "outcome", b"outcome", "policy", b"policy", "reason", b"reason", "revision", b"revision", "rollback", b"rollback", "run", b"run", "step", b"step", "update_every", b"update_every", "waits", b"waits"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__applied_step: typing_extensions.TypeAlias = typing.Literal["applied_step"]
     _WhichOneofArgType__applied_step: typing_extensions.TypeAlias = typing.Literal["_applied_step", b"_applied_step"]

@@ -152,7 +152,8 @@ def _reasons(decision: Decision, state: Decision | Transition) -> str:
     guard = decision.guard if state.outcome == decision.outcome and decision.guard not in ("", "ok") else ""
     is_applied = decision.HasField("applied_step") and state.outcome in {"applied", decision.outcome}
     applied = f"applied at step {decision.applied_step}" if is_applied else ""
-    parts = (decision.alert_name, state.reason, guard, state.detail, applied)
+    waits = decision.waits if state.outcome == decision.outcome else ""
+    parts = (decision.alert_name, state.reason, guard, state.detail, applied, waits)
     return "; ".join(part for part in parts if part) or output.ABSENT
 
 
@@ -307,8 +308,11 @@ def follow(  # noqa: PLR0913 - keyword-only, and two of them for one caller each
 
 
 def answered(stub: OperatorServiceStub, decision: Decision, timeout: float | None) -> Decision:
-    """A decision once the trainer has answered, or as it is after `timeout` seconds; None does not wait."""
-    if timeout is None or decision.outcome not in PENDING:
+    """A decision once the trainer has answered, or as it is after `timeout` seconds; None does not wait.
+
+    Nor is one waited for that no trainer is there to take.
+    """
+    if timeout is None or decision.outcome not in PENDING or decision.waits:
         return decision
     try:
         return _wait(stub, decision, timeout)
@@ -362,7 +366,7 @@ def _listen(
 
 
 def describe_outcome(decision: Decision, requested: Mapping[str, float] | None = None) -> str:
-    """A decision's outcome in one line, and below it the trainer's remark if there is one.
+    """A decision's outcome in one line, and below it the trainer's remark, or that no trainer is there.
 
     Args:
         decision: The decision.
@@ -375,7 +379,7 @@ def describe_outcome(decision: Decision, requested: Mapping[str, float] | None =
     when = f" at step {decision.applied_step}" if decision.HasField("applied_step") else ""
     id_ = "" if decision.HasField("applied_step") else f" (decision {decision.id})"
     line = f"{subject} {decision.outcome}{when}: {output.describe_change(decision, requested)}{id_}"
-    return f"{line}\n{decision.detail}" if decision.detail else line
+    return "\n".join(part for part in (line, decision.detail, decision.waits) if part)
 
 
 def describe_failure(decision: Decision, timeout: float) -> str:
@@ -385,6 +389,8 @@ def describe_failure(decision: Decision, timeout: float) -> str:
         decision: The decision.
         timeout: Seconds that were waited.
     """
+    if decision.outcome in PENDING and decision.waits:
+        return f"{decision.waits}; {_pending_note(decision)}"
     if decision.outcome in PENDING:
         return f"no answer from the trainer of {decision.run} within {timeout:g} s; {_pending_note(decision)}"
     if decision.HasField("applied_step"):  # as nobody waits for an action to fail, it was to be cancelled

@@ -158,8 +158,11 @@ class OperatorCalls:
         whole = next((name for name, identity in found if identity == given), None)
         run = None if whole is None else await self._run(whole, context)
         incident = None if run is None else run.controller.incident(given)
-        if run is None or incident is None:
+        if run is None:
             await refuse_name(context, "incident", given, [identity for _, identity in found])
+        if incident is None:
+            text = f"incident {given} of run {run.name} is closed, and only the journal has it still"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         return run, incident
 
     async def _decision_to_answer(self, given: str, event: Event, context: Context) -> tuple[Run, str]:
@@ -170,12 +173,25 @@ class OperatorCalls:
         found = await self._look_up(self._loader.decisions(given), context)
         whole = next((one for one in found if one[1] == given), None)
         if whole is None:
-            # Of ended runs that are not in memory nothing can be answered any more, unless it is named in full.
-            held = {made.id: made for run in self._runs for made in run.controller.decisions}
-            open_ones = [one for _, one in found if one in held and can(held[one].outcome, event)]
-            await refuse_name(context, "decision", given, open_ones)
+            await self._refuse_beginning(given, [identity for _, identity in found], event, context)
         name, identity = whole
-        return await self._run(name, context), identity
+        run = await self._run(name, context)
+        if identity not in {made.id for made in run.controller.decisions}:
+            made = await self._decision(run, identity, context)
+            text = f"decision {given} is {made.outcome}, which is final"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        return run, identity
+
+    async def _refuse_beginning(self, given: str, found: Sequence[str], event: Event, context: Context) -> NoReturn:
+        _, kept = await self._look_up(self._loader.ask(partial(catalog.told, ids=found)), context)
+        # A new one may not be written yet.
+        held = {made.id: made for run in self._runs for made in run.controller.decisions}
+        newest = {made.id: made for made in kept} | held
+        open_ones = [one for one in found if can(newest[one].outcome, event)]
+        if given and found and not open_ones:
+            text = f"no decision that begins with {given!r} can take {event}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
+        await refuse_name(context, "decision", given, open_ones)
 
     async def _change(self, context: Context, change: Callable[[], Result]) -> Result:
         """Makes the change, unless the journal fails: no change may go unrecorded."""

@@ -49,7 +49,7 @@ from sharpwatch.daemon.decisions.muting import Silences
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
-from sharpwatch.daemon.decisions.transitions import Event, is_settled
+from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, LrPlan, Mode, Silence
@@ -218,7 +218,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
                 dict(request.update_every),
             ),
         )
-        return pb.SetLearningRatesResponse(decision=decision_message(changes.decisions[-1]))
+        return pb.SetLearningRatesResponse(decision=self._told(changes.decisions[-1]))
 
     @refusals_noted("lr undo")
     async def UndoLearningRates(
@@ -235,9 +235,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         undone = run.controller.revisions[changes.revisions[-1].undoes - 1]
         by = decision_of(run, undone.decision_id)
         return pb.UndoLearningRatesResponse(
-            decision=decision_message(changes.decisions[-1]),
+            decision=self._told(changes.decisions[-1]),
             undone=revision_message(undone, by),
-            undone_decision=decision_message(by),
+            undone_decision=self._told(by),
         )
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
@@ -302,7 +302,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             context,
             lambda: run.controller.change_plan(change, request.author, request.reason, time.time()),
         )
-        sent = decision_message(changes.commands[-1]) if changes.commands else None
+        sent = self._told(changes.commands[-1]) if changes.commands else None
         return plan_message(changes.plans[-1]), sent
 
     @refusals_noted("rollback")
@@ -322,7 +322,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
                 time.time(),
             ),
         )
-        return pb.RequestRollbackResponse(decision=decision_message(changes.decisions[-1]))
+        return pb.RequestRollbackResponse(decision=self._told(changes.decisions[-1]))
 
     @refusals_noted("mode")
     async def SetMode(self, request: pb.SetModeRequest, context: Context) -> pb.SetModeResponse:
@@ -348,7 +348,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
     async def ListDecisions(self, request: pb.ListDecisionsRequest, context: Context) -> pb.ListDecisionsResponse:
         """Lists the newest decisions of a run or of all runs, newest first."""
         newest = await self._newest_decisions(request.run, request.limit or _DEFAULT_LIMIT, context)
-        return pb.ListDecisionsResponse(decisions=map(decision_message, newest))
+        return pb.ListDecisionsResponse(decisions=map(self._told, newest))
 
     async def ListTransitions(self, request: pb.ListTransitionsRequest, context: Context) -> pb.ListTransitionsResponse:
         """Lists every transition of the newest decisions of a run or of all runs, and of their plans, oldest first."""
@@ -364,7 +364,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         requests += (row for row in silence_rows(self._silences, request.run) if row.at >= since)
         return pb.ListTransitionsResponse(
             transitions=map(transition_message, rows),
-            decisions=map(decision_message, newest),
+            decisions=map(self._told, newest),
             plans=map(plan_message, plans),
             events=map(event_message, sorted(requests, key=lambda row: row.at)),
         )
@@ -379,7 +379,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             version = run.signal.version
             made = await self._decision(run, identity, context)
             if made != shown:
-                yield pb.WatchDecisionResponse(decision=decision_message(made))
+                yield pb.WatchDecisionResponse(decision=self._told(made))
             if is_settled(made):
                 return
             shown = made
@@ -420,7 +420,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             context,
             lambda: answer(run.controller, identity, request.author, request.reason, time.time()),
         )
-        return decision_message(next(made for made in changes.decisions if made.id == identity))
+        return self._told(next(made for made in changes.decisions if made.id == identity))
 
     @refusals_noted("release")
     async def ReleaseRun(self, request: pb.ReleaseRunRequest, context: Context) -> pb.ReleaseRunResponse:
@@ -551,6 +551,13 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         if request.reference:
             await self._run_to_change(request.reference, context)
         return b""
+
+    def _told(self, made: Decision) -> pb.Decision:
+        """A decision as a message, which says so where no trainer is there to take its command."""
+        message, run = decision_message(made), self._runs.get(made.run)
+        if made.outcome in UNDER_WAY and (run is None or not run.is_live(time.monotonic())):
+            message.waits = f"run {made.run} has no trainer now: its next one gets it"
+        return message
 
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))

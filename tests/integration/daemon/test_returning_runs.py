@@ -5,7 +5,9 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from sharpwatch import wire
 from sharpwatch.daemon.decisions import decision_log
+from sharpwatch.daemon.detection import incidents
 from sharpwatch.daemon.runs import restore
 from sharpwatch.daemon.runs import run as runs
 from sharpwatch.v1 import agent_pb2, types_pb2
@@ -148,9 +150,75 @@ async def test_a_decision_that_left_memory_is_still_found(small, build, monkeypa
     assert (await watch.read()).decision.outcome == "cancelled"
     newest = (await stub.ListDecisions(pb.ListDecisionsRequest(run="old"))).decisions[0]
     assert (newest.id, newest.outcome) == (made.id, "cancelled")
+    for given, code, words in (
+        (made.id, grpc.StatusCode.FAILED_PRECONDITION, f"decision {made.id} is cancelled, which is final"),
+        (made.id[:-1], grpc.StatusCode.NOT_FOUND, f"no decision that begins with {made.id[:-1]!r} can take approve"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ApproveDecision(pb.ApproveDecisionRequest(id=given, author="ann"), **operator)
+        assert (caught.value.code(), caught.value.details()) == (code, words)
+
+
+PROPOSES = "policies: [{name: cut, match: {alert: NonFinite}, mode: advise, action: {kind: scale_lr, factor: 0.5}}]"
+
+
+async def test_a_proposal_of_a_run_that_left_is_answered_by_its_id(running, build, monkeypatch):
+    monkeypatch.setattr(runs, "MAX_RUNS", 3)
+    async with running(policies=PROPOSES) as daemon:
+        trainer = await daemon.train("old", "old-1")
+        tap = build.tap()
+        tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+        await trainer.send(build.sample(1, tap=tap))
+        await trainer.acknowledged(1)
+        await trainer.leave()
+        await daemon.shown("old", lambda detail: detail.run.active_alerts)
+        (made,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="old"))).decisions
+        operator = {"metadata": daemon.credentials}
+        # A run whose incident nobody has seen leaves last.
+        seen = pb.AcknowledgeIncidentRequest(incident_id=made.alert_id, author="ann")
+        await daemon.operator.AcknowledgeIncident(seen, **operator)
+        await leaves(daemon, build, "old")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await daemon.operator.RejectDecision(pb.RejectDecisionRequest(id=made.id[:-1], author="ann"), **operator)
+        assert caught.value.details().endswith(f"say which one is meant: {made.id}")
+        approval = pb.ApproveDecisionRequest(id=made.id, author="ann")
+        sent = (await daemon.operator.ApproveDecision(approval, **operator)).decision
+        assert (sent.outcome, sent.waits) == ("approved", "run old has no trainer now: its next one gets it")
+
+
+@pytest.mark.parametrize("how", ["closed", "killed", "live"])
+async def test_what_is_sent_where_no_trainer_is_says_that_it_waits(daemon, build, how):
+    trainer = await daemon.train("old", "old-1")
+    await trainer.send(build.sample(1, closing=how == "closed"))
+    await trainer.acknowledged(1)
+    if how != "live":
+        await trainer.leave()
+        phase = {"closed": pb.RUN_PHASE_CLOSED, "killed": pb.RUN_PHASE_KILLED}[how]
+        await daemon.shown("old", lambda detail: detail.run.phase == phase)
+    made = (await daemon.operator.SetLearningRates(rates(qk=0.5), metadata=daemon.credentials)).decision
+    waits = "" if how == "live" else "run old has no trainer now: its next one gets it"
+    assert (made.outcome, made.waits) == ("sent", waits)
+    (listed,) = (await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="old"))).decisions
+    assert listed == made
+
+
+async def test_an_incident_that_left_memory_is_said_to_be_closed(daemon, build, monkeypatch):
+    monkeypatch.setattr(incidents, "KEPT", 0)
+    trainer = await daemon.train("old", "old-1")
+    tap = build.tap()
+    tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+    await trainer.send(build.sample(1, tap=tap))
+    opened = (await daemon.shown("old", lambda detail: detail.alerts)).alerts[0]
+    for sequence in range(2, 200):
+        await trainer.send(build.sample(sequence))
+    await daemon.shown("old", lambda detail: not detail.run.active_alerts)
+    await trainer.send(build.sample(200, tap=tap))
+    await daemon.shown("old", lambda detail: detail.run.active_alerts and detail.alerts[0].id != opened.id)
+    request = pb.AcknowledgeIncidentRequest(incident_id=opened.id, author="ann")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await stub.ApproveDecision(pb.ApproveDecisionRequest(id=made.id[:-1], author="ann"), **operator)
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        await daemon.operator.AcknowledgeIncident(request, metadata=daemon.credentials)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert caught.value.details() == f"incident {opened.id} of run old is closed, and only the journal has it still"
 
 
 @pytest.mark.parametrize("call", ["lr set", "show", "mode", "undo", "history", "silence", "audit of all", "decision"])

@@ -286,6 +286,10 @@ def test_why_a_decision_did_not_come_into_force():
     assert describe_failure(sent, 5) == (
         "no answer from the trainer of gpt2-a1 within 5 s; decision d9 stays sent: see sharpwatch decisions gpt2-a1"
     )
+    sent.waits = "run gpt2-a1 has no trainer now: its next one gets it"
+    assert describe_failure(sent, 5) == (
+        "run gpt2-a1 has no trainer now: its next one gets it; decision d9 stays sent: see sharpwatch decisions gpt2-a1"
+    )
 
 
 def test_doctor_says_what_to_do_below_what_is_wrong():
