@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import merge
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
 from sharpwatch.common.tls import Tls, channel_credentials, tls_variables
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError, TokenFileError
-from sharpwatch.v1.operator_pb2 import ListRunsRequest, Run
+from sharpwatch.v1.operator_pb2 import (
+    Decision,
+    ListDecisionsRequest,
+    ListRevisionsRequest,
+    ListRunsRequest,
+    ListTransitionsRequest,
+    ListTransitionsResponse,
+    Revision,
+    Run,
+)
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _PAGE = 200  # runs that are asked for at once
@@ -277,16 +287,51 @@ def completions(
         return []
 
 
-def all_runs(stub: OperatorServiceStub, prefix: str = "") -> list[Run]:
-    """All runs whose names begin with `prefix`, ended ones too; page by page."""
-    request = ListRunsRequest(name_prefix=prefix, page_size=_PAGE)
-    runs: dict[str, Run] = {}
+def pages(call: Callable[[Any], Any], request: Any) -> Iterator[Any]:
+    """The answers to a call, page by page.
+
+    Args:
+        call: The method of the stub.
+        request: The request for the first page; it is changed.
+    """
     while True:
-        page = stub.ListRuns(request)
-        runs.update((run.run, run) for run in page.runs)  # by name: one may begin anew between two pages
+        page = call(request)
+        yield page
         if not page.next_page_token:
-            return list(runs.values())
+            return
         request.page_token = page.next_page_token
+
+
+def all_runs(stub: OperatorServiceStub, prefix: str = "") -> list[Run]:
+    """All runs whose names begin with `prefix`, ended ones too."""
+    runs: dict[str, Run] = {}
+    for page in pages(stub.ListRuns, ListRunsRequest(name_prefix=prefix, page_size=_PAGE)):
+        runs.update((run.run, run) for run in page.runs)  # by name: one may begin anew between two pages
+    return list(runs.values())
+
+
+def all_decisions(stub: OperatorServiceStub, run: str, limit: int) -> list[Decision]:
+    """The newest `limit` decisions of a run, or of all for an empty name, the newest first."""
+    found = pages(stub.ListDecisions, ListDecisionsRequest(run=run, limit=limit))
+    return [decision for page in found for decision in page.decisions]
+
+
+def all_revisions(stub: OperatorServiceStub, run: str) -> list[Revision]:
+    """The LR revisions of a run."""
+    found = pages(stub.ListRevisions, ListRevisionsRequest(run=run))
+    return [revision for page in found for revision in page.revisions]
+
+
+def audit(stub: OperatorServiceStub, run: str, limit: int = 0) -> ListTransitionsResponse:
+    """What became of the newest `limit` (0: of all) decisions of a run, or of all for an empty name, as one answer."""
+    found = list(pages(stub.ListTransitions, ListTransitionsRequest(run=run, limit=limit)))
+    return ListTransitionsResponse(
+        # Each page in its own order, since the clock may go back.
+        transitions=merge(*(page.transitions for page in found), key=lambda one: one.at_unix_ns),
+        decisions=(one for page in found for one in page.decisions),
+        plans=(one for page in found for one in page.plans),
+        events=(one for page in found for one in page.events),
+    )
 
 
 def resolve_run(stub: OperatorServiceStub, given: str) -> str:

@@ -1620,13 +1620,17 @@ class ListRevisionsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RUN_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     run: builtins.str
+    page_token: builtins.str
+    """next_page_token of the page before; empty for the first page."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["page_token", b"page_token", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRevisionsRequest: typing_extensions.TypeAlias = ListRevisionsRequest
@@ -1636,14 +1640,18 @@ class ListRevisionsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     REVISIONS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page. A page has 3 MB at most."""
     @property
     def revisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Revision]: ...
     def __init__(
         self,
         *,
         revisions: collections.abc.Iterable[Global___Revision] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["revisions", b"revisions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "revisions", b"revisions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRevisionsResponse: typing_extensions.TypeAlias = ListRevisionsResponse
@@ -1999,16 +2007,21 @@ class ListDecisionsRequest(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Empty: of all runs."""
     limit: builtins.int
+    """On all pages together, the newest. 0: 100; at most 10,000."""
+    page_token: builtins.str
+    """next_page_token of the page before; empty for the first page."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         limit: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "page_token", b"page_token", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListDecisionsRequest: typing_extensions.TypeAlias = ListDecisionsRequest
@@ -2018,14 +2031,18 @@ class ListDecisionsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     DECISIONS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page. A page has 3 MB at most."""
     @property
     def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Decision]: ...
     def __init__(
         self,
         *,
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "next_page_token", b"next_page_token"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListDecisionsResponse: typing_extensions.TypeAlias = ListDecisionsResponse
@@ -2036,29 +2053,38 @@ class ListTransitionsRequest(google.protobuf.message.Message):
 
     RUN_FIELD_NUMBER: builtins.int
     LIMIT_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Empty: of all runs."""
     limit: builtins.int
-    """Of the newest decisions, so many. 0: as many as one answer may have, 10,000."""
+    """Of the newest decisions, so many on all pages together. 0: as many as there may be, 10,000."""
+    page_token: builtins.str
+    """next_page_token of the page before; empty for the first page."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         limit: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "run", b"run"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["limit", b"limit", "page_token", b"page_token", "run", b"run"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsRequest: typing_extensions.TypeAlias = ListTransitionsRequest
 
 @typing.final
 class ListTransitionsResponse(google.protobuf.message.Message):
+    """Pages have the decisions first, the newest first, then the plans, each with all its transitions, and then the events."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TRANSITIONS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
     PLANS_FIELD_NUMBER: builtins.int
     EVENTS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """Empty on the last page. A page has 3 MB at most."""
     @property
     def transitions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Transition]:
         """Oldest first."""
@@ -2082,8 +2108,9 @@ class ListTransitionsResponse(google.protobuf.message.Message):
         decisions: collections.abc.Iterable[Global___Decision] | None = ...,
         plans: collections.abc.Iterable[Global___Plan] | None = ...,
         events: collections.abc.Iterable[Global___OperatorEvent] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "events", b"events", "plans", b"plans", "transitions", b"transitions"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions", "events", b"events", "next_page_token", b"next_page_token", "plans", b"plans", "transitions", b"transitions"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListTransitionsResponse: typing_extensions.TypeAlias = ListTransitionsResponse

@@ -13,7 +13,8 @@ import click
 import grpc
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_decisions, author, completions, operator, resolve_run, run_argument
+from sharpwatch.cli.client import audit as audit_of
 from sharpwatch.cli.dry_run import PENDING, dry_run_option, preview
 from sharpwatch.cli.options import (
     COUNT,
@@ -23,14 +24,13 @@ from sharpwatch.cli.options import (
     reason_option,
     wait_options,
 )
-from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.cli.output import Grid, print_answer, to_dict
 from sharpwatch.errors import OperatorError, UnansweredError
 from sharpwatch.v1.operator_pb2 import (
     ApproveDecisionRequest,
     CancelDecisionRequest,
     Decision,
     ListDecisionsRequest,
-    ListTransitionsRequest,
     ListTransitionsResponse,
     OperatorEvent,
     Plan,
@@ -63,11 +63,12 @@ def decisions(options: DaemonOptions, run: str | None, *, limit: int | None, aud
     with operator(options) as stub:
         name = resolve_run(stub, run) if run else ""
         if audit:
-            found = stub.ListTransitions(ListTransitionsRequest(run=name, limit=limit or 0))
-            print_answer(found, [transition_table(found)], as_json=options.json)
+            found = audit_of(stub, name, limit or 0)
+            payload = {key: value for key, value in to_dict(found).items() if key != "next_page_token"}
+            print_answer(payload, [transition_table(found)], as_json=options.json)
             return
-        response = stub.ListDecisions(ListDecisionsRequest(run=name, limit=_LISTED if limit is None else limit))
-    print_answer(response, [decision_table(response.decisions)], as_json=options.json)
+        listed = all_decisions(stub, name, _LISTED if limit is None else limit)
+    print_answer({"decisions": list(map(to_dict, listed))}, [decision_table(listed)], as_json=options.json)
 
 
 def decision_table(found: Iterable[Decision]) -> Grid:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import click
 
 from sharpwatch.cli import output
-from sharpwatch.cli.client import author, operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_revisions, author, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.decisions import follow
 from sharpwatch.cli.commands.lr_plan import abort, pause, plan, plan_table, promote
 from sharpwatch.cli.dry_run import PENDING, dry_run_option, preview
@@ -28,7 +28,6 @@ from sharpwatch.cli.output import Grid, print_answer, to_dict
 from sharpwatch.v1.operator_pb2 import (
     Block,
     GetRunRequest,
-    ListRevisionsRequest,
     Revision,
     RunDetail,
     SetLearningRatesRequest,
@@ -56,7 +55,7 @@ def show(options: DaemonOptions, run: str) -> None:
     with operator(options) as stub:
         name = resolve_run(stub, run)
         detail = stub.GetRun(GetRunRequest(run=name)).detail
-        revisions = stub.ListRevisions(ListRevisionsRequest(run=name)).revisions
+        revisions = all_revisions(stub, name)
     newest = max(filter(may_hold, revisions), key=lambda revision: revision.revision, default=None)
     payload = {
         "run": name,
@@ -197,9 +196,10 @@ def set_multipliers(  # noqa: PLR0913 - click passes every option by name
 def history(options: DaemonOptions, run: str) -> None:
     """List the revisions: the multipliers of each, who made it and why."""
     with operator(options) as stub:
-        response = stub.ListRevisions(ListRevisionsRequest(run=resolve_run(stub, run)))
-    revisions = sorted(response.revisions, key=lambda revision: revision.revision)
-    print_answer(response, [revision_table(revisions)], as_json=options.json)
+        revisions = all_revisions(stub, resolve_run(stub, run))
+    payload = {"revisions": list(map(to_dict, revisions))}
+    revisions.sort(key=lambda revision: revision.revision)
+    print_answer(payload, [revision_table(revisions)], as_json=options.json)
 
 
 def revision_table(revisions: list[Revision]) -> Grid:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from sharpwatch.cli.client import operator, resolve_run, run_argument
+from sharpwatch.cli.client import all_decisions, audit, operator, resolve_run, run_argument
 from sharpwatch.cli.extras import needs_extra
 from sharpwatch.cli.measure.files import check_writable, write_whole
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions, ParsedText
@@ -17,8 +17,6 @@ from sharpwatch.cli.output import print_answer
 from sharpwatch.v1.operator_pb2 import (
     GetHistoryRequest,
     GetRunRequest,
-    ListDecisionsRequest,
-    ListTransitionsRequest,
 )
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
@@ -60,7 +58,6 @@ def _page(stub: OperatorServiceStub, run: str) -> str:
     from sharpwatch.cli.report.page import Report, page  # noqa: PLC0415 - what draws it loads numpy
 
     detail = stub.GetRun(GetRunRequest(run=run)).detail
-    decisions = stub.ListDecisions(ListDecisionsRequest(run=run, limit=_MOST)).decisions
-    audit = stub.ListTransitions(ListTransitionsRequest(run=run))
+    decisions = all_decisions(stub, run, _MOST)
     history = stub.GetHistory(GetHistoryRequest(run=run), timeout=_HISTORY_SECONDS)
-    return page(Report(detail, list(reversed(decisions)), audit, history, time.time()))
+    return page(Report(detail, decisions[::-1], audit(stub, run), history, time.time()))

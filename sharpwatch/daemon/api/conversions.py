@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from sharpwatch.curvature.statistics.estimate import Estimate
+from sharpwatch.daemon.api.pages import fitting
 from sharpwatch.daemon.config.settings import DetectionConfig
 from sharpwatch.daemon.decisions.decision_log import DecisionLog
 from sharpwatch.daemon.detection.reference import ReferenceTest
@@ -348,23 +348,12 @@ def _attention_messages(snapshot: RunSnapshot) -> list[operator_pb2.AttentionLay
     ]
 
 
-Item = TypeVar("Item")
 # Of each kind in one answer: a client takes 4 MB at most, unless it is told otherwise.
 _ALERT_BYTES, _CHECKPOINT_BYTES, _ATTENTION_BYTES, _TEXT_BYTES = 3 * 2**19, 2**19, 2**19, 2**17
 
 
-def _fitting(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> list[Item]:
-    """The first items that take at most `limit` bytes together."""
-    found, taken = [], 0
-    for item in items:
-        taken += size(item)
-        if taken > limit:
-            break
-        found.append(item)
-    return found
-
-
-def _message_bytes(message: Message) -> int:
+def message_bytes(message: Message) -> int:
+    """The bytes of a message as an item of another."""
     return message.ByteSize() + 5  # tag and length
 
 
@@ -375,13 +364,13 @@ def _text_bytes(*texts: str) -> int:
 def _alerts(incidents: Sequence[Incident]) -> list[operator_pb2.Alert]:
     """The newest incidents that fit, oldest first; open ones before closed ones."""
     newest = sorted(incidents, key=lambda each: each.active)[::-1]  # of equals the last one comes first
-    kept = {each.id for each in _fitting(map(alert_message, newest), _message_bytes, _ALERT_BYTES)}
+    kept = {each.id for each in fitting(map(alert_message, newest), message_bytes, _ALERT_BYTES)}
     return [alert_message(each) for each in incidents if each.id in kept]
 
 
 def _checkpoints(checkpoints: Sequence[Checkpoint]) -> list[types_pb2.Checkpoint]:
     """The newest checkpoints that fit, in the order they were saved."""
-    return _fitting(map(checkpoint_message, reversed(checkpoints)), _message_bytes, _CHECKPOINT_BYTES)[::-1]
+    return fitting(map(checkpoint_message, reversed(checkpoints)), message_bytes, _CHECKPOINT_BYTES)[::-1]
 
 
 def _failures(snapshot: RunSnapshot) -> Iterator[str]:
@@ -413,8 +402,8 @@ def detail_message(
         checkpoints_total=len(checkpoints),
         overhead_ratio=health.overhead_ratio if health is not None else None,
         step_seconds=health.step_seconds if health is not None else None,
-        dropped=dict(_fitting(dropped.items(), lambda item: _text_bytes(item[0]), _TEXT_BYTES)),
-        probe_failures=_fitting(_failures(snapshot), _text_bytes, _TEXT_BYTES),
+        dropped=dict(fitting(dropped.items(), lambda item: _text_bytes(item[0]), _TEXT_BYTES)),
+        probe_failures=fitting(_failures(snapshot), _text_bytes, _TEXT_BYTES),
         objective=(health.objective or None) if health is not None else None,
         objective_state=(health.objective_state or None) if health is not None else None,
         swallowed_errors=(health.swallowed_errors or None) if health is not None else None,
@@ -425,6 +414,6 @@ def detail_message(
         host=snapshot.hello.host,
         data_order=snapshot.hello.data_order,
         labels=snapshot.hello.labels,
-        twins=_fitting(twins, _text_bytes, _TEXT_BYTES),
-        attention=_fitting(_attention_messages(snapshot), _message_bytes, _ATTENTION_BYTES),
+        twins=fitting(twins, _text_bytes, _TEXT_BYTES),
+        attention=fitting(_attention_messages(snapshot), message_bytes, _ATTENTION_BYTES),
     )

@@ -7,7 +7,8 @@ import asyncio
 import heapq
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -25,6 +26,7 @@ from sharpwatch.daemon.api.conversions import (
     detail_message,
     ended_run_message,
     event_message,
+    message_bytes,
     override_messages,
     plan_message,
     reference_message,
@@ -42,6 +44,7 @@ from sharpwatch.daemon.api.operator_calls import (
     refusals_noted,
     refuse_name,
 )
+from sharpwatch.daemon.api.pages import Page, fitting
 from sharpwatch.daemon.api.silences import silence_of, silence_rows, wrong_silence
 from sharpwatch.daemon.config.settings import Config, DetectionConfig
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
@@ -67,6 +70,7 @@ log = structlog.get_logger(__name__)
 
 _DEFAULT_LIMIT, _MOST = 100, 10_000
 _MOST_RUNS = 1_000  # in a page
+_AUDITED = 2_000  # decisions, plans and events in a page
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +245,14 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         )
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
-        """Lists the LR revisions of a run, oldest first."""
+        """Lists the LR revisions of a run, oldest first, page by page."""
+        page = await self._page_of(request.page_token, context)
         run = await self._run(request.run, context)
         by = {made.id: made for made in run.controller.decisions}
-        return pb.ListRevisionsResponse(
-            revisions=(revision_message(one, by[one.decision_id]) for one in run.controller.revisions)
-        )
+        revisions = run.controller.revisions
+        asked = (revision_message(one, by[one.decision_id]) for one in revisions[page.start :])
+        found = fitting(asked, message_bytes)
+        return pb.ListRevisionsResponse(revisions=found, next_page_token=page.token(len(found), len(revisions)))
 
     @refusals_noted("lr plan")
     async def StartPlan(self, request: pb.StartPlanRequest, context: Context) -> pb.StartPlanResponse:
@@ -346,28 +352,62 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         return pb.SetModeResponse(run=run_message(run.snapshot))
 
     async def ListDecisions(self, request: pb.ListDecisionsRequest, context: Context) -> pb.ListDecisionsResponse:
-        """Lists the newest decisions of a run or of all runs, newest first."""
-        newest = await self._newest_decisions(request.run, request.limit or _DEFAULT_LIMIT, context)
-        return pb.ListDecisionsResponse(decisions=map(self._told, newest))
+        """Lists the newest decisions of a run or of all runs, newest first, page by page."""
+        page = await self._page_of(request.page_token, context)
+        newest = await self._newest_decisions(request.run, request.limit or _DEFAULT_LIMIT, page, context)
+        found = fitting(map(self._told, newest[page.start :]), message_bytes)
+        until = max((one.made_at for one in newest), default=0.0)
+        return pb.ListDecisionsResponse(
+            decisions=found, next_page_token=page.token(len(found), len(newest), until=until)
+        )
 
     async def ListTransitions(self, request: pb.ListTransitionsRequest, context: Context) -> pb.ListTransitionsResponse:
-        """Lists every transition of the newest decisions of a run or of all runs, and of their plans, oldest first."""
+        """Lists every transition of the newest decisions of a run or of all runs, and of their plans, page by page."""
+        page = await self._page_of(request.page_token, context)
         limit = request.limit or _MOST
-        newest = await self._newest_decisions(request.run, limit, context)
+        newest = await self._newest_decisions(request.run, limit, page, context)
         since = newest[-1].made_at if len(newest) == limit else 0.0
         plans = await self._plans(request.run, since, context)
         try:
-            rows = await self._store.transitions([made.id for made in newest] + [plan.id for plan in plans])
             requests = list(await self._store.requests(request.run, since, _MOST))
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
         requests += (row for row in silence_rows(self._silences, request.run) if row.at >= since)
-        return pb.ListTransitionsResponse(
-            transitions=map(transition_message, rows),
-            decisions=map(self._told, newest),
-            plans=map(plan_message, plans),
-            events=map(event_message, sorted(requests, key=lambda row: row.at)),
+        events = page.before(sorted(requests, key=lambda row: row.at), lambda row: row.at)
+        items: list[Decision | LrPlan | RequestRow] = [*newest, *page.before(plans, lambda plan: plan.made_at), *events]
+        until = max((one.at if isinstance(one, RequestRow) else one.made_at for one in items), default=0.0)
+        answer, taken = await self._audit_page(items[page.start : page.start + _AUDITED], context)
+        answer.next_page_token = page.token(taken, len(items), until=until)
+        return answer
+
+    async def _audit_page(
+        self, items: Sequence[Decision | LrPlan | RequestRow], context: Context
+    ) -> tuple[pb.ListTransitionsResponse, int]:
+        """The first items that fit in an answer, with all transitions of each, and how many they are."""
+        ids = [one.id for one in items if not isinstance(one, RequestRow)]
+        try:
+            rows = await self._store.transitions(ids)
+        except StoreError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
+        sizes: Counter[str] = Counter()
+        for row in rows:
+            sizes[row.decision] += message_bytes(transition_message(row))
+
+        def size(one: Decision | LrPlan | RequestRow) -> int:
+            if isinstance(one, RequestRow):
+                return message_bytes(event_message(one))
+            message = self._told(one) if isinstance(one, Decision) else plan_message(one)
+            return message_bytes(message) + sizes[one.id]
+
+        found = fitting(items, size)
+        shown = {one.id for one in found if not isinstance(one, RequestRow)}
+        answer = pb.ListTransitionsResponse(
+            transitions=(transition_message(row) for row in rows if row.decision in shown),
+            decisions=(self._told(one) for one in found if isinstance(one, Decision)),
+            plans=(plan_message(one) for one in found if isinstance(one, LrPlan)),
+            events=(event_message(one) for one in found if isinstance(one, RequestRow)),
         )
+        return answer, len(found)
 
     async def WatchDecision(
         self, request: pb.WatchDecisionRequest, context: Context
@@ -578,17 +618,23 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         if self._draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
 
-    async def _newest_decisions(self, name: str, limit: int, context: Context) -> list[Decision]:
-        """The newest decisions of a run, or of all runs for an empty name, newest first."""
+    async def _page_of(self, token: str, context: Context) -> Page:
+        try:
+            return Page.of(token)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _newest_decisions(self, name: str, limit: int, page: Page, context: Context) -> list[Decision]:
+        """The newest decisions of a run, or of all runs for an empty name, newest first, as on the first page."""
         limit = min(limit, _MOST)
         runs = [await self._run(name, context)] if name else list(self._runs)
         made = {one.id: one for run in runs for one in reversed(run.controller.decisions)}
         # Memory has not all of a run, and not all runs.
-        ask = partial(catalog.newest_decisions, run=name, limit=limit)
+        ask = partial(catalog.newest_decisions, run=name, limit=limit, until=page.until)
         kept = await self._look_up(self._loader.ask(ask), context)
         made = {one.id: one for one in kept if one.id not in made} | made
         # `nlargest` keeps the given order of equals, so of one moment's decisions the newest comes first.
-        return heapq.nlargest(limit, made.values(), key=lambda one: one.made_at)
+        return heapq.nlargest(limit, page.before(made.values(), lambda one: one.made_at), key=lambda one: one.made_at)
 
     async def _plans(self, name: str, since: float, context: Context) -> list[LrPlan]:
         """The plans of a run, or of all runs for an empty name, that were made at unix seconds `since` or later."""

@@ -177,11 +177,19 @@ def incidents_that_begin(connection: Connection, prefix: str, limit: int) -> tup
     return _that_begin(connection, tables.alerts, prefix, limit)
 
 
-def newest_decisions(connection: Connection, run: str, limit: int) -> tuple[Decision, ...]:
-    """The newest decisions of a run, or of all runs for an empty name, the newest first."""
+def newest_decisions(connection: Connection, run: str, limit: int, until: float | None = None) -> tuple[Decision, ...]:
+    """The newest decisions of a run, or of all runs for an empty name, the newest first.
+
+    Args:
+        connection: The journal.
+        run: The run.
+        limit: How many at most.
+        until: In unix seconds, when the newest of them was made; None for no matter when.
+    """
     of = tables.decisions.c
     query = select(of.record).order_by(of.made_at.desc(), of.rowid.desc()).limit(limit)
     query = query.where(of.run == run) if run else query
+    query = query if until is None else query.where(of.made_at <= until)
     return tuple(map(decision_of, connection.execute(query).scalars()))
 
 

@@ -342,6 +342,54 @@ async def transitions(daemon, **request) -> list[tuple[str, ...]]:
     return [(one.decision_id, one.outcome, one.author, one.reason) for one in found.transitions]
 
 
+async def every_page(call, request) -> list:
+    """All pages; none is larger than the 4 MB that a client takes by itself."""
+    found = [await call(request)]
+    while found[-1].next_page_token:
+        request.page_token = found[-1].next_page_token
+        found.append(await call(request))
+    return found
+
+
+async def test_what_is_too_long_for_one_answer_comes_page_by_page(daemon, build):
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+    await trainer.leave()
+    long, operator = {"author": "ä" * 2_000, "reason": "€" * 2_000}, {"metadata": daemon.credentials}
+    made = []
+    for turn in range(450):
+        rates = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5 + turn / 1_000}, **long)
+        made.append((await daemon.operator.SetLearningRates(rates, **operator)).decision.id)
+    for _ in range(300):
+        await daemon.operator.SetMode(pb.SetModeRequest(run="run", mode="advise", **long), **operator)
+    first = await daemon.operator.ListDecisions(pb.ListDecisionsRequest(run="run", limit=10_000))
+    rates = pb.SetLearningRatesRequest(run="run", multipliers={"qk": 1.0}, author=long["author"])
+    later = (await daemon.operator.SetLearningRates(rates, **operator)).decision.id
+    rest = pb.ListDecisionsRequest(run="run", limit=10_000, page_token=first.next_page_token)
+    listed = [first, *await every_page(daemon.operator.ListDecisions, rest)]
+    assert len(listed) == 2
+    assert [one.id for page in listed for one in page.decisions] == made[::-1]
+    made.append(later)
+    revisions = await every_page(daemon.operator.ListRevisions, pb.ListRevisionsRequest(run="run"))
+    assert len(revisions) == 2
+    assert [one.revision for page in revisions for one in page.revisions] == [*range(1, 452)]
+    audit = await every_page(daemon.operator.ListTransitions, pb.ListTransitionsRequest(run="run"))
+    assert len(audit) > 3
+    assert [one.id for page in audit for one in page.decisions] == made[::-1]
+    assert sorted(one.decision_id for page in audit for one in page.transitions) == sorted(made)
+    for page in audit:
+        assert {one.decision_id for one in page.transitions} == {one.id for one in page.decisions}
+    assert [one.action for page in audit for one in page.events].count("mode") == 300
+    for token in ("x", "-1", "1@", "1" * 19):
+        wrong = pb.ListDecisionsRequest(page_token=token)
+        code, details = await refused(daemon.operator.ListDecisions(wrong))
+        assert (code, details) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"page_token must be of a page, got {token!r}",
+        )
+
+
 async def test_every_transition_of_a_decision_is_kept_with_its_author_and_reason(running, build):
     async with running(policies=PROPOSES) as daemon:
         token, who = daemon.credentials, {"author": "ann", "reason": "agreed"}

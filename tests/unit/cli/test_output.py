@@ -15,7 +15,7 @@ from sharpwatch.cli.output import Grid, clean, plain, print_tables, to_dict
 from sharpwatch.v1.operator_pb2 import (
     Block,
     Decision,
-    ListDecisionsResponse,
+    GetHistoryResponse,
     Revision,
     Run,
     RunDetail,
@@ -48,7 +48,7 @@ def test_every_field_is_there_and_what_is_absent_is_null():
     assert found["rollback"] is None
     assert found["multipliers"] == {}
     assert found["reason"] == ""
-    assert to_dict(ListDecisionsResponse()) == {"decisions": []}
+    assert to_dict(GetHistoryResponse()) == {"points": [], "estimates": []}
 
 
 def test_an_error_that_is_not_known_is_null_not_a_word():
