@@ -3,6 +3,7 @@
 A sample is acknowledged only once it is journalled, and a command is sent only once its decision is. Estimates follow
 when they are done: no alert or decision waits for them, and each carries its step. While the journal
 fails, samples are still estimated, judged and exported; acknowledgements and commands wait until it takes writes again.
+Records that wait so are bounded: with more of them, samples stay in their queue, and nothing more is found or decided.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _STALL_CHECK = 5.0  # seconds between looks for runs that have stalled, at the m
 _SAVED_AFTER = 60.0  # seconds after which a run without a session counts as ended
 _SAVED_AT_ONCE = 16  # states, each of which takes some 20 ms
 _YIELD_EVERY = 64  # samples folded before other tasks get a turn
+MAX_RECORD_BYTES = 64 * 2**20  # of records that wait for a journal that fails; with more, no sample is folded
 
 
 class Pipeline:
@@ -131,6 +133,8 @@ class Pipeline:
         """
         while True:
             await asyncio.sleep(min(_STALL_CHECK, detected_by().shortest_stall / 4))
+            if self.is_full:
+                continue  # steps are not seen either
             detection = detected_by()
             for run in self._runs:
                 try:
@@ -274,6 +278,11 @@ class Pipeline:
         """Counts an error of the daemon itself."""
         self._metrics.internal_errors.labels(where).inc()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the journal fails, and as many records wait for it as may."""
+        return bool(self.store_error) and self._pending.nbytes > MAX_RECORD_BYTES
+
     def awaits_write(self, run: Run) -> bool:
         """Whether the journal does not know yet that an attempt of a run began, since it fails."""
         return bool(self.store_error) and run.attempt.hello.attempt in self._pending.attempts
@@ -310,7 +319,8 @@ class Pipeline:
                 await self._write(entries)
                 written = True
         # A sample is folded once, however often its write fails: the detectors must not see a step twice.
-        await self._process([entry for entry in entries if not entry.processed])
+        if not self.is_full:
+            await self._process([entry for entry in entries if not entry.processed])
         if not written:
             # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
             self._queue.requeue(entries)

@@ -341,6 +341,9 @@ class AgentService:
         except StoreError as error:
             # Begun anew, the run would have revision 0, and its operators' next command would be wrong.
             raise RefusedError("store", grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        if self._pipeline.is_full and self._runs.attempt(hello.run, hello.attempt) is None:
+            text = f"no new attempt can be journalled now: {self._pipeline.store_error}"
+            raise RefusedError("store", grpc.StatusCode.UNAVAILABLE, text)
         if self._runs.get(hello.run) is not run:
             raise RefusedError("runs", grpc.StatusCode.UNAVAILABLE, "the run has just left memory; try again")
         if self.draining:

@@ -252,8 +252,9 @@ class OperatorCalls:
             status=code.name,
             why=why,
         )
-        # Whoever shows no token must not fill the journal, and what failed with the journal can't be written to it.
-        if not self._authorizer.caller_of(context).may("operator") or code is grpc.StatusCode.UNAVAILABLE:
+        # Whoever shows no token must not fill the journal, and while that fails, the log alone has it.
+        failing = self._pipeline.store_error or code is grpc.StatusCode.UNAVAILABLE
+        if failing or not self._authorizer.caller_of(context).may("operator"):
             return
         texts = (f"{asked}: {why}" if asked else why, request.author[:_MAX_REASON], request.reason[:_MAX_REASON])
         with suppress(StoreError):

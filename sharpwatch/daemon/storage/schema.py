@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sized
 from dataclasses import dataclass, field, replace
 
 from sharpwatch.curvature.statistics.estimate import Estimate
@@ -244,6 +244,7 @@ class StoredHistory:
 
 
 MAX_PENDING_ESTIMATES = 100_000  # the oldest are dropped while the journal fails; samples can give them again
+_RECORD_BYTES = 2_000  # that a record takes about
 
 
 @dataclass(slots=True)
@@ -290,6 +291,19 @@ class PendingWrites:
         # No command may be sent before its decision is journalled, even if the decision itself did not change.
         self.decisions.update((made.id, made) for made in changes.commands if made.id not in self.decisions)
         self.commands.update((made.id, run) for made in changes.commands)
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes the records take that nothing else bounds, unlike estimates and states of baselines."""
+        kinds: tuple[Sized, ...] = (
+            *(self.incidents, self.decisions, self.transitions, self.revisions, self.checkpoints, self.modes),
+            *(self.commands, self.silences, self.plans, self.requests, self.killed),
+        )
+        return (
+            sum(map(len, kinds)) * _RECORD_BYTES
+            + sum(len(row.hello) for row in self.attempts.values())
+            + sum(len(row.losses) for row in self.references)
+        )
 
     def has(self, run: str) -> bool:
         """Whether it has records of a run; estimates and the state of baselines can be made again."""

@@ -14,7 +14,11 @@ from dataclasses import asdict
 import grpc
 import pytest
 
+from sharpwatch import wire
+from sharpwatch.daemon import pipeline
 from sharpwatch.daemon.records import Revision
+from sharpwatch.daemon.storage.journal import Journal
+from sharpwatch.errors import StoreError
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1 import types_pb2
 
@@ -217,6 +221,42 @@ async def test_a_full_disk_stops_acknowledgements_and_not_the_daemon(start, buil
     assert [event["event"] for event in running.log].count("store_failed") == 1
     for trainer in (quiet, busy):
         trainer.call.cancel()
+
+
+async def test_records_that_wait_for_the_journal_are_bounded(daemon, build, monkeypatch):
+    monkeypatch.setattr(pipeline, "MAX_RECORD_BYTES", 0)
+    trainer = await daemon.train()
+    await trainer.send(build.sample(1))
+    await trainer.acknowledged(1)
+
+    def failing(*_):
+        raise StoreError("journal: the disk is full")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(Journal, "write", failing)
+        tap = build.tap()
+        tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
+        await trainer.send(build.sample(2, tap=tap))
+        await daemon.shown("run", lambda detail: detail.run.active_alerts)  # the incident waits for the journal
+        await trainer.send(build.sample(3))
+        await daemon.metric_reaches("sharpwatch_queue_depth", 2)
+        assert (await daemon.operator.GetRun(pb.GetRunRequest(run="run"))).detail.run.step == 2
+        new = daemon.connect()
+        await new.send(build.hello("new", "n1"))
+        code, details = await new.ended()
+        assert (code, details) == (
+            grpc.StatusCode.UNAVAILABLE,
+            "no new attempt can be journalled now: journal: the disk is full",
+        )
+        unknown = pb.SetModeRequest(run="none", mode="observe", author="ann")
+        with pytest.raises(grpc.aio.AioRpcError, match="no run"):
+            await daemon.operator.SetMode(unknown, metadata=daemon.credentials)
+    await trainer.acknowledged(3)
+    detail = await daemon.shown("run", lambda detail: detail.run.step == 3)
+    assert detail.run.active_alerts
+    audit = await daemon.operator.ListTransitions(pb.ListTransitionsRequest())
+    assert not audit.events  # the log alone has what was refused meanwhile
+    await daemon.train("new", "n1")
 
 
 async def test_sigterm_flushes_says_goodbye_and_exits_0(start, build):

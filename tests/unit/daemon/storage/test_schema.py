@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sharpwatch.daemon.records import Changes, Decision, Revision, Silence
-from sharpwatch.daemon.storage.schema import PendingWrites
+from sharpwatch.daemon.storage.schema import AttemptRow, PendingWrites
 
 PROPOSED = Decision("d1", "run", 1.0, 7, "notify", "advise", "proposed")
 
@@ -28,6 +28,13 @@ def test_a_failing_journal_loses_no_transition():
     ]
     times = [row.at for row in failed.transitions]
     assert times == sorted(times)
+
+
+def test_what_waits_has_a_size():
+    waiting = PendingWrites(attempts={"a1": AttemptRow("run", "a1", bytes(8_000_000), 1.0)})
+    assert waiting.nbytes == 8_000_000
+    waiting.add("run", changed(PROPOSED))
+    assert 8_000_000 < waiting.nbytes < 8_010_000
 
 
 def test_a_failing_journal_loses_no_silence():
