@@ -15,6 +15,7 @@ from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, a
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.common.endpoint import without_password
 from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
+from sharpwatch.errors import SharpwatchError
 
 if TYPE_CHECKING:
     from sharpwatch.daemon.config.settings import Config
@@ -76,8 +77,13 @@ def _print_schema(ctx: click.Context, param: click.Parameter, value: bool) -> No
 def check_config(options: DaemonOptions, file: Path) -> None:
     """Check a daemon's configuration file: print its addresses and policies, or the file, line and key of an error."""
     with needs_extra("check-config", "daemon"):
-        from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - loads pydantic
+        from sharpwatch.daemon.api.auth import check_doors  # noqa: PLC0415 - loads pydantic
+        from sharpwatch.daemon.config.load import load_config  # noqa: PLC0415 - as above
     config = load_config(file)
+    try:
+        check_doors(config.daemon)
+    except SharpwatchError as error:
+        raise SharpwatchError(f"{file}: daemon.{error}") from None
     config = dataclasses.replace(
         config, daemon=dataclasses.replace(config.daemon, store=without_password(config.daemon.store))
     )

@@ -76,3 +76,23 @@ def test_what_is_not_configured_is_said_too(described):
         "",
         "no policy",
     ]
+
+
+@pytest.mark.parametrize(
+    ("daemon", "refused"),
+    [
+        ('{grpc: "0.0.0.0:7741"}', "daemon.grpc 0.0.0.0:7741: no credentials are configured, so only loopback"),
+        ('{grpc: "0.0.0.0:7741", credentials: "c.yaml"}', "daemon.grpc 0.0.0.0:7741: tokens would cross the network"),
+        ('{http: "0.0.0.0:9741", metrics_auth: token}', "daemon.http 0.0.0.0:9741: with metrics_auth: token, tokens"),
+        (
+            '{grpc: "0.0.0.0:7741", credentials: "c.yaml", tls: {certificate: "c.pem", key: "k.pem"}}',
+            "",
+        ),
+    ],
+)
+def test_an_address_that_the_daemon_would_not_serve_is_refused(tmp_path, capsys, daemon, refused):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"daemon: {daemon}\n")
+    assert main(["check-config", str(path)]) == bool(refused)
+    error = capsys.readouterr().err
+    assert error.startswith(f"sharpwatch: {path}: {refused}") if refused else not error
