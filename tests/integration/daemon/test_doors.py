@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import ssl
+import sys
+import tempfile
 import time
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -96,6 +100,72 @@ async def test_without_credentials_reading_over_loopback_needs_the_operators_tok
     assert (await daemon.get("/metrics"))[0] == 200
     assert (await daemon.get("/-/healthy"))[0] == 200
     trainer.call.cancel()
+
+
+ANOTHER_USER = """
+import json, os, sys
+import grpc
+from sharpwatch.v1 import agent_pb2, operator_pb2 as pb
+from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
+from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
+
+os.setgroups([])  # only now: another user may not be allowed to read the interpreter
+os.setgid(65534)
+os.setuid(65534)
+address, token_file, hello = sys.argv[1:]
+found = {}
+with grpc.insecure_channel(address) as channel:
+    operator = OperatorServiceStub(channel)
+    for name, request in {
+        "GetRun": pb.GetRunRequest(run="run"),
+        "GetHistory": pb.GetHistoryRequest(run="run"),
+        "SetLearningRates": pb.SetLearningRatesRequest(run="run", multipliers={"qk": 0.5}, author="eve"),
+    }.items():
+        try:
+            getattr(operator, name)(request, timeout=30)
+            found[name] = "OK"
+        except grpc.RpcError as error:
+            found[name] = error.code().name
+    try:
+        request = agent_pb2.SessionRequest(hello=agent_pb2.Hello.FromString(bytes.fromhex(hello)))
+        found["Session"] = next(AgentServiceStub(channel).Session(iter([request]), timeout=30)).WhichOneof("message")
+    except grpc.RpcError as error:
+        found["Session"] = error.code().name
+try:
+    found["token"] = open(token_file).read()
+except PermissionError:
+    found["token"] = "PermissionError"
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("door", ["loopback", "socket", "credentials"])
+async def test_what_another_user_of_the_machine_can_do_without_a_token(running, holders, build, door):
+    with tempfile.TemporaryDirectory() as folder:
+        # So that the socket's own mode keeps others out.
+        for path in (Path(folder), *holders.path.parents[:3]):
+            path.chmod(0o755)
+        doors = {"socket": {"grpc": f"unix:{folder}/daemon.sock"}, "credentials": {"credentials": str(holders.path)}}
+        async with running(**doors.get(door, {})) as daemon:
+            trainer = await daemon.train(metadata=holders.shown("gpt2") if door == "credentials" else None)
+            await trainer.send(build.sample(1))
+            await trainer.acknowledged(1)
+            token_file = holders.path.parent / "operator.token"
+            hello = build.hello("eves", "e1").SerializeToString().hex()
+            other = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", ANOTHER_USER, daemon.grpc, token_file, hello),
+                stdout=asyncio.subprocess.PIPE,
+            )
+            told, _ = await other.communicate()
+            found = json.loads(told)
+    refused = "UNAVAILABLE" if door == "socket" else "UNAUTHENTICATED"
+    assert found == {
+        **dict.fromkeys(("GetRun", "GetHistory", "SetLearningRates"), refused),
+        # Of a run of their own: nobody can tell users apart over loopback.
+        "Session": "welcome" if door == "loopback" else refused,
+        "token": "PermissionError",
+    }
 
 
 async def test_every_method_is_for_a_role(guarded, holders):
