@@ -58,4 +58,6 @@ async def test_the_counters_of_a_run_go_on_where_they_were(start, build, tmp_pat
 
     daemon = (await start()).client
     assert await counters(daemon) == before
-    assert await daemon.metric("sharpwatch_samples_received_total") == 0  # of the daemon itself
+    # What passes through the daemon.
+    assert await daemon.metric("sharpwatch_samples_received_total") == 0
+    assert await daemon.metric("sharpwatch_received_bytes_total") == 0
