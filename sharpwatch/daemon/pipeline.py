@@ -249,11 +249,11 @@ class Pipeline:
         if unwritten:
             await self._write(())
 
-    async def forget(self, run: str, closed: Collection[Incident]) -> None:
+    async def forget(self, request: RequestRow, closed: Collection[Incident]) -> None:
         """Deletes all that there is of an ended run, none of whose samples wait to be journalled.
 
         Args:
-            run: Its name.
+            request: The operator's request, which names the run and is kept.
             closed: Its incidents that were open; who was told of them is told that they are over.
 
         Raises:
@@ -261,9 +261,9 @@ class Pipeline:
         """
         async with self._writing:
             # Memory first: what it has could be written again.
-            self._runs.drop(run)
-            self._pending.drop(run)
-            await self._store.forget(run)
+            self._runs.drop(request.run)
+            self._pending.drop(request.run)
+            await self._store.forget(request.run, request)
         self._on_records(closed, ())
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:

@@ -22,6 +22,7 @@ from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, read_attempt, resto
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
+from sharpwatch.daemon.storage.schema import RequestRow
 from sharpwatch.errors import NoRoomError, StoreError, WireError
 
 log = structlog.get_logger(__name__)
@@ -176,20 +177,20 @@ class RunLoader:
                 self._pipeline.count_internal_error("restore")
                 log.exception("run_not_restored", run=name)
 
-    async def forget(self, name: str) -> None:
+    async def forget(self, request: RequestRow) -> None:
         """Deletes all that there is of an ended run, in memory and in the journal.
 
         Args:
-            name: The run's name.
+            request: The operator's request, which names the run and is kept.
 
         Raises:
             StoreError: The journal fails, and has it still.
         """
-        loading = self._loading.get(name)
+        loading = self._loading.get(request.run)
         if loading is not None:
             await asyncio.wait((loading,))
-        open_ones = await self.ask(partial(catalog.open_incidents, run=name))
-        await self._pipeline.forget(name, [replace(each, active=False, closed=_FORGOTTEN) for each in open_ones])
+        open_ones = await self.ask(partial(catalog.open_incidents, run=request.run))
+        await self._pipeline.forget(request, [replace(each, active=False, closed=_FORGOTTEN) for each in open_ones])
 
     async def close(self) -> None:
         """Ends what is being brought back."""

@@ -564,8 +564,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         what = ", ".join(f"{count} {kind}" for kind, count in asdict(size).items())
         row = RequestRow(request.run, time.time(), "forget", "", "forgotten", what, request.author, request.reason)
         try:
-            await self._loader.forget(request.run)
-            await self._pipeline.keep_request(row)
+            await self._loader.forget(row)
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"run {request.run} may be there still: {error}")
         log.warning("run_forgotten", run=request.run, author=request.author, reason=request.reason, deleted=what)

@@ -18,7 +18,6 @@ from sqlalchemy import (
     Connection,
     case,
     delete,
-    func,
     insert,
     literal,
     select,
@@ -122,28 +121,22 @@ class Journal:
                 grown, self._grown = self._grown, Growth()
                 self._retention.trim(connection, grown, time.time())
 
-    def forget(self, run: str, request: RequestRow | None = None) -> bool:
+    def forget(self, run: str, request: RequestRow) -> None:
         """Deletes everything of a run, for ever, but for silences.
 
         Args:
             run: Its name. It must not be live: what it sends is written again.
             request: The operator's request, which is kept.
-
-        Returns:
-            Whether there was such a run.
         """
-        with self._transaction(() if request is None else (request,)) as connection:
+        with self._transaction((request,)) as connection:
             connection.execute(insert(tables.forgetting).values(run=run))
-            found = [
-                connection.execute(delete(table).where(table.c.run == run)).rowcount
-                for table in tables.metadata.sorted_tables
-                if "run" in table.c and table is not tables.forgetting
-            ]
+            for table in tables.metadata.sorted_tables:
+                if "run" in table.c and table is not tables.forgetting:
+                    connection.execute(delete(table).where(table.c.run == run))
             self._forget_by_content(connection, run)
             connection.execute(delete(tables.forgetting))
-            if request is not None and id(request) not in self._written:
+            if id(request) not in self._written:
                 self._run(connection, "requests", [_row(request)])
-        return any(found)
 
     def forget_samples(self, run: str, limit: int) -> bool:
         """Deletes the `limit` oldest samples of a run; returns whether there were as many."""
@@ -157,12 +150,6 @@ class Journal:
                     delete(tables.samples).where(tables.samples.c.run == run, tables.samples.c.id <= found[-1])
                 )
         return len(found) == limit
-
-    def runs(self) -> tuple[str, ...]:
-        """Returns the names of all runs, in the order in which their newest attempts began."""
-        query = select(tables.attempts.c.run).group_by(tables.attempts.c.run).order_by(func.max(tables.attempts.c.id))
-        with self._reading() as connection:
-            return tuple(connection.execute(query).scalars())
 
     def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
@@ -453,10 +440,6 @@ class Store:
         """Writes records and samples in one transaction; returns once they would survive power loss."""
         await self._call(partial(self._journal.write, records, samples))
 
-    async def runs(self) -> tuple[str, ...]:
-        """Returns the names of all runs, in the order in which their newest attempts began."""
-        return await self._call(self._journal.runs)
-
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
         return await self._call(partial(self._journal.load, run, samples=samples))
@@ -489,7 +472,7 @@ class Store:
         """Replaces notifications by fingerprint; None removes one."""
         await self._call(partial(self._journal.keep_notifications, rows))
 
-    async def forget(self, run: str, request: RequestRow | None = None) -> bool:
+    async def forget(self, run: str, request: RequestRow) -> None:
         """Deletes everything of a run, for ever, but for silences; returns whether there was such a run.
 
         Args:
@@ -499,7 +482,7 @@ class Store:
         # In parts, so that no other run's samples wait for long.
         while await self._call(partial(self._journal.forget_samples, run, _FORGOTTEN_AT_ONCE)):
             pass
-        return await self._call(partial(self._journal.forget, run, request))
+        await self._call(partial(self._journal.forget, run, request))
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""
