@@ -14,8 +14,7 @@ import numpy as np
 
 from sharpwatch import wire
 from sharpwatch.daemon.config.settings import AutopilotConfig, CurvatureShareConfig
-from sharpwatch.daemon.decisions.autopilot import LEAST, RISE, WINDOW, wanted_multipliers
-from sharpwatch.daemon.decisions.curvature_share import multipliers_from_shares
+from sharpwatch.daemon.decisions.autopilot import WINDOW, wanted_multipliers
 from sharpwatch.daemon.records import ProbedStep
 from sharpwatch.testing import InMemoryTransport
 from sharpwatch.v1 import agent_pb2
@@ -91,8 +90,7 @@ class LayerShares(ClosedLoop):
     def __init__(self, rule: CurvatureShareConfig) -> None:
         config = AutopilotConfig(curvature_share=rule)
         super().__init__(config)
-        self._rule, self._ramp = rule, config.ramp_steps
-        self._parts: deque[wire.Doubles] = deque(maxlen=WINDOW)
+        self._ramp = config.ramp_steps
         self._start = self._target = self._now = np.ones(0)
         self._since = 0
 
@@ -116,14 +114,11 @@ class LayerShares(ClosedLoop):
         parts = wire.decode(probe.curvature_parts, name="parts", dtype="float64", shape=(None,))
         if not np.isfinite([*parts, probe.descent]).all():
             return
-        self._parts.append(parts / self._now)
-        if len(self._parts) < LEAST:
-            return
-        shares = dict(enumerate(np.mean(self._parts, axis=0).tolist()))
-        wanted = np.array([*multipliers_from_shares(shares, self._rule).values()])
-        wanted = np.minimum(wanted, RISE * self._target)
-        if np.abs(np.log(wanted / self._target)).max() < math.log(self._config.least_change):
-            return
-        self._start, self._target, self._since = self._now, wanted, sample.step
         names = [f"{each.layer}.{each.block}" for each in self.hellos[-1].layer_blocks]
-        self.changes.append((sample.step, dict(zip(names, wanted.tolist(), strict=True))))
+        applied, target = (dict(zip(names, each.tolist(), strict=True)) for each in (self._now, self._target))
+        found = dict(zip(names, parts.tolist(), strict=True))
+        self._window.append(ProbedStep(found, probe.curvature, probe.descent, applied))
+        wanted = wanted_multipliers(tuple(self._window), target, self._config, LR_BOUNDS)
+        if wanted is not None:
+            self._start, self._target, self._since = self._now, np.array([*wanted.values()]), sample.step
+            self.changes.append((sample.step, wanted))

@@ -28,9 +28,9 @@ from sharpwatch.daemon.records import RENEWED, Decision, Mode, Observation, Prob
 AUTHOR = "autopilot"
 WINDOW = 8  # probes that shares are taken from
 _CAP_WINDOW = 4  # probes that the cap is taken from: it has to follow the rate
-LEAST = 2  # probes before anything is changed
+_LEAST = 2  # probes before anything is changed
 _EDGE = 1.0  # stability ratio from which on nothing is raised
-RISE = 2.0  # by which one revision raises a multiplier at most
+_RISE = 2.0  # by which one revision raises a multiplier at most
 _TRIES = 4  # to renew raises, in the second half of their time-out
 _EXPIRES_AFTER_STEPS = 100  # a trainer that has not taken a change by then is asked anew, by newer probes
 
@@ -210,14 +210,14 @@ def wanted_multipliers(  # noqa: PLR0913  what is measured, what is in force, an
         kept: The blocks that stay as they are, which others have set.
     """
     own = {block: value for block, value in in_force.items() if block not in kept}
-    if len(probes) < LEAST or not own:
+    if len(probes) < _LEAST or not own:
         return None
     cap = 1.0 if config.stability_cap is None else capped(probes[-_CAP_WINDOW:], config.stability_cap.target, kept)
     shares = dict.fromkeys(in_force, 1.0) if config.curvature_share is None else share_multipliers(probes, config)
     may_raise = may_raise and _is_stable(probes[-_CAP_WINDOW:])
     wanted = dict(in_force)
     for block, now in own.items():
-        most = RISE * now if may_raise else now
+        most = _RISE * now if may_raise else now
         share = shares.get(block, now / cap_of(in_force, kept))  # as it is where no probe says
         wanted[block] = min(max(cap * share, bounds[0]), bounds[1], most)
     change = max(abs(math.log(value / in_force[block])) for block, value in wanted.items())

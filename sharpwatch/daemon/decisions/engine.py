@@ -35,10 +35,18 @@ from sharpwatch.daemon.decisions.policy import (
     scaled,
 )
 from sharpwatch.daemon.decisions.ramp_back import ActiveScaling, failed_ramp_back, ramp_back_due, scaling_state
-from sharpwatch.daemon.decisions.remedy import Correction, Cut, correction, holds_down, is_of_first_steps, measured_cut
+from sharpwatch.daemon.decisions.remedy import (
+    WHY_BACK,
+    Correction,
+    Cut,
+    correction,
+    holds_down,
+    is_of_first_steps,
+    measured_cut,
+)
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, came_to_nothing, took_effect
 from sharpwatch.daemon.detection.run_detection import RunDetection
-from sharpwatch.daemon.records import Action, Cause, Checkpoint, Decision, Finding, Incident, Mode, Outcome
+from sharpwatch.daemon.records import Action, Checkpoint, Decision, Finding, Incident, Mode, Outcome
 
 _FOLLOW_EVERY = 10  # steps between two corrections of a cut that goes with a rate, unless that is far too high
 # Outcomes after which a policy does not decide the same on an incident once more.
@@ -46,11 +54,6 @@ _NOT_AGAIN: Mapping[Mode, tuple[Outcome, ...]] = {
     "observe": ("observed",),
     "advise": ANNOUNCED,
     "enforce": ("cancelled",),
-}
-_WHY_BACK: Mapping[Cause, str] = {
-    "damaged-weight": "no learning rate makes weights whole again",
-    "optimizer-state": "no learning rate brings the optimizer's state back",
-    "non-finite": "no learning rate makes numbers finite again",
 }
 
 
@@ -196,7 +199,7 @@ class PolicyEngine:
         if policy.action.kind == "rollback":
             plan = rollback_plan(policy, incident, at.checkpoints, at.step)
             made = replace(made, rollback=plan, guard=judge_rollback(policy, plan, self._permissions, context))
-            why = _WHY_BACK.get(incident.cause, "")
+            why = WHY_BACK.get(incident.cause, "")
         else:
             cut = self._cut(policy, incident)
             if cut is None:

@@ -14,11 +14,15 @@ from sharpwatch.daemon.records import Cause, Incident
 FOLLOWED_WITHIN = 1.15  # times what it should be, up to which a rate that is held down is left as it is
 FAR_OFF = 1.5  # times what it should be, from which on a rate is brought down at once
 HARMLESS = 0.05  # the part of itself that a first step may change a layer block by
+# Why a rollback to before the trouble cures what no learning rate does.
+WHY_BACK: Mapping[Cause, str] = {
+    "damaged-weight": "no learning rate makes weights whole again",
+    "optimizer-state": "no learning rate brings the optimizer's state back",
+    "non-finite": "no learning rate makes numbers finite again",
+}
 _NO_CUT: Mapping[Cause, str] = {
     "data": "wrong data do this, no learning rate cures it; a rollback round them does, where they go on",
-    "damaged-weight": "damaged weights do this, no learning rate cures it; a rollback to before it does",
-    "optimizer-state": "the optimizer's state does this, no learning rate cures it; a rollback to before it does",
-    "non-finite": "no learning rate makes numbers finite again; a rollback to before it does",
+    **{cause: f"{why}; a rollback to before it does" for cause, why in WHY_BACK.items()},
 }
 
 
