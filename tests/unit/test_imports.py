@@ -133,8 +133,8 @@ ALLOWED = {
         ),
     },
     "cli.report": {
-        *("common", "blocks", "replay", "cli.extras", "cli.options", "cli.output", "cli.client", "cli.measure"),
-        "cli.commands",
+        *("common", "blocks", "daemon", "replay", "cli.extras", "cli.options", "cli.output", "cli.client"),
+        *("cli.measure", "cli.commands"),
     },
     "cli": {"common", "cli"},
     "__main__": {"cli"},

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sharpwatch.cli.output import number, percent
+from sharpwatch.daemon.decisions.effect import NEWEST, OUT_OF_BAND, LossBand, mean_of
+from sharpwatch.daemon.detection.history import Losses
 from sharpwatch.v1.operator_pb2 import Alert, Decision, HistoryPoint, RunDetail
 
 _HOUR = 3600.0
-# As the daemon judges what an action has done (docs/operating/policies.md).
-_BEFORE, _NEWEST, _FEW = 40, 20, 5  # losses before the onset, newest ones since, and without which nothing can be said
-_OUT_OF_BAND = 2.0  # standard deviations of single losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +162,15 @@ def _did_harm(incident: Alert, made: Decision, points: Sequence[HistoryPoint]) -
     """Whether the loss had left its band, or was lost, when a decision on an incident was made."""
     # The first time that the run came to that step: after a rollback it comes there again.
     end = next((index for index, point in enumerate(points) if point.step >= made.step), len(points) - 1)
-    start = next((index for index, point in enumerate(points[: end + 1]) if point.step >= incident.onset), end)
-    before = [point.loss for point in points[:start] if point.HasField("loss")][-_BEFORE:]
-    since = [point.loss for point in points[start : end + 1] if point.HasField("loss")][-_NEWEST:]
-    if incident.cause == "non-finite" or not all(map(math.isfinite, since)):
-        return True
-    if len(before) < _FEW or not since:
-        return False
-    # From the changes between losses, so that a trend counts for nothing.
-    changes = [after - earlier for earlier, after in pairwise(before)]
-    sd = math.sqrt(statistics.fmean(change**2 for change in changes) / 2)
-    return statistics.fmean(since) > statistics.fmean(before) + _OUT_OF_BAND * sd
+    losses, is_lost = Losses(), incident.cause == "non-finite"
+    for point in points[: end + 1]:
+        loss = point.loss if point.HasField("loss") else None
+        losses.see(point.step, loss)
+        is_lost = is_lost or (point.step >= incident.onset and loss is not None and not math.isfinite(loss))
+    band, since = LossBand.before(losses, incident.onset), losses.since(incident.onset, NEWEST)
+    if is_lost or band is None or not len(since):
+        return is_lost
+    return band.above(mean_of(since)) > OUT_OF_BAND
 
 
 def _monitoring(points: Sequence[HistoryPoint], seconds: float | None) -> Iterator[Cost]:
