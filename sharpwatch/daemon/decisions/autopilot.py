@@ -84,6 +84,8 @@ class Autopilot:
         if obs.probed is None or not self._config.is_on or not self._is_free():
             return
         mode = in_maintenance(mode or self._config.mode, self._maintenance, now)
+        if mode == "enforce":
+            self._expire_proposals("the autopilot acts by itself by now")
         in_force = self._log.multipliers
         quiet = not any(map(is_trouble, self._detection.incidents.open))
         wanted = wanted_multipliers(
@@ -176,12 +178,15 @@ class Autopilot:
         elif made.guard != OK:
             self._log.add(made, "refuse")
         elif mode == "advise":
-            for other in self._own():
-                if other.outcome == "proposed":
-                    self._log.advance(other, "supersede", detail=f"{other.detail}; newer probes say otherwise")
+            self._expire_proposals("newer probes say otherwise")
             self._log.add(made, "propose")
         else:
             issue(self._log, made, author=AUTHOR, now=now)
+
+    def _expire_proposals(self, why: str) -> None:
+        for other in self._log.unsettled():
+            if other.outcome == "proposed" and not other.policy:
+                self._log.advance(other, "supersede", detail=f"{other.detail}; {why}")
 
     def _described(self, multipliers: Mapping[str, float], before: Mapping[str, float]) -> str:
         sums = {block: sum(probe.parts.get(block, 0.0) for probe in self._probes) for block in before}

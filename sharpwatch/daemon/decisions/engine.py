@@ -68,7 +68,11 @@ class _StepContext:
     maintenance: Sequence[MaintenanceConfig]
 
     def mode_of(self, policy: PolicyConfig) -> Mode:
-        return in_maintenance("observe" if policy.dry_run else self.mode or policy.mode, self.maintenance, self.now)
+        return _mode_of(policy, self.mode, self.maintenance, self.now)
+
+
+def _mode_of(policy: PolicyConfig, of_run: Mode | None, maintenance: Sequence[MaintenanceConfig], now: float) -> Mode:
+    return in_maintenance("observe" if policy.dry_run else of_run or policy.mode, maintenance, now)
 
 
 class PolicyEngine:
@@ -127,6 +131,19 @@ class PolicyEngine:
         against = self._against_stage()
         if not (against and self._undo_ramp_back(against, None, at)):
             self._ramp_back(at)
+
+    def expire_overtaken(self, mode: Mode | None, now: float) -> None:
+        """Expire the proposals of policies that act by themselves by now, as after maintenance: they decide anew.
+
+        Args:
+            mode: The run's own.
+            now: Unix seconds.
+        """
+        for made in self._log.unsettled():
+            policy = self._chain.named(made.policy) if made.outcome == "proposed" else None
+            if policy is not None and _mode_of(policy, mode, self._maintenance, now) == "enforce":
+                detail = "; ".join(filter(None, (made.detail, "its policy acts by itself by now")))
+                self._log.advance(made, "expire", detail=detail)
 
     def _is_unanswered(self, name: str) -> bool:
         """Whether a policy that matches the open incident of an alert has decided nothing on it so far."""

@@ -198,6 +198,7 @@ class RunController:
             self._log.note_incidents(changed)
         if self._log.open:
             self._lifecycle.settle(obs, now)
+            self._engine.expire_overtaken(self._mode, now)
             for made in self._requests.send_planned(obs.step, now):
                 self._rollout.taken_over(made)
         if self._log.newest_revision or not self._reconciler.is_idle:
@@ -419,7 +420,7 @@ class RunController:
 
     def approve(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Send a proposal; raises `OperatorError` where it is none, or none any more."""
-        self._lifecycle.expire_proposals(now)
+        self._expire_proposals(now)
         self._requests.approve(decision_id, OperatorContext(author, reason, self._step, now))
         return self._log.take()
 
@@ -430,9 +431,14 @@ class RunController:
 
     def cancel(self, decision_id: str, author: str, reason: str, now: float) -> Changes:
         """Take a decision back; raises `OperatorError` where it is applied or has ended, or is being cancelled."""
-        self._lifecycle.expire_proposals(now)
+        self._expire_proposals(now)
         self._requests.cancel(decision_id, OperatorContext(author, reason, self._step, now))
         return self._log.take()
+
+    def _expire_proposals(self, now: float) -> None:
+        """Also for an operator's answer, since a silent run has no steps."""
+        self._lifecycle.expire_proposals(now)
+        self._engine.expire_overtaken(self._mode, now)
 
     def acknowledge(self, incident_id: str, author: str, note: str) -> Changes:
         """Note that someone has seen an incident; raises `OperatorError` where there is none of that id."""

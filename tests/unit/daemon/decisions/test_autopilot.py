@@ -16,6 +16,7 @@ from sharpwatch.daemon.config.settings import (
 from sharpwatch.daemon.decisions.autopilot import capped, wanted_multipliers
 from sharpwatch.daemon.decisions.lr_plan import PlanRequest
 from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
+from sharpwatch.daemon.detection.thresholds import USUAL
 from sharpwatch.daemon.records import Observation, ProbedStep, ReportedResult
 
 SHARE = AutopilotConfig("enforce", curvature_share=CurvatureShareConfig())
@@ -352,6 +353,14 @@ def test_maintenance_and_what_a_run_refuses():
     refused = flown(steps=40, control="none")
     assert refused.actions() == [("set_lr", "refused")]
     assert refused.controller.decisions[0].guard.startswith("control:")
+
+
+def test_what_was_proposed_in_maintenance_is_not_open_after_it():
+    trainer = flown(steps=20, maintenance=(MaintenanceConfig("00:00", "24:00"),))
+    assert trainer.actions()[-1] == ("set_lr", "proposed")
+    trainer.controller.configure((), USUAL, (), replace(SHARE, least_change=100.0))  # so that nothing is to be changed
+    trainer.run(1)
+    assert {outcome for _, outcome in trainer.actions()} == {"expired"}
 
 
 def test_a_restarted_daemon_goes_on_where_it_was():

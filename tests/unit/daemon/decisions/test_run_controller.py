@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from controlled_run import BLOCKS, CHAIN, CUT, GUARD, Trainer, restored, trained
+from controlled_run import BLOCKS, CHAIN, CUT, GUARD, ROLLBACK, Trainer, restored, trained
 
 from sharpwatch.daemon.config.settings import ActionConfig, MaintenanceConfig, MatchConfig
 from sharpwatch.daemon.decisions.policy import EscalationChain
@@ -150,6 +150,30 @@ def test_in_a_maintenance_window_what_would_be_enforced_is_proposed_and_done_aft
     first, second, *_ = trainer.controller.decisions
     assert (first.outcome, second.mode, second.outcome) == ("expired", "enforce", "no-effect")
     assert trainer.multipliers["ffn"] < 1.0
+
+
+@pytest.mark.parametrize("policy", [CUT, replace(ROLLBACK, match=MatchConfig("NonFinite"))])
+def test_what_was_proposed_in_a_maintenance_window_is_not_open_after_it(policy):
+    trainer = trained((policy,), maintenance=(WINDOW,))
+    trainer.take(trainer.controller.note_checkpoints(CheckpointReport((Checkpoint(100, "file:100"),))))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(5)
+    trainer.heat["ffn"] = 0.0
+    trainer.run(30)
+    (made,) = trainer.controller.decisions
+    assert made.outcome == "proposed"  # though its incident is over, as any proposal
+    trainer.run(60)
+    (made,) = trainer.controller.decisions
+    assert (made.outcome, made.detail.rpartition("; ")[2]) == ("expired", "its policy acts by itself by now")
+
+
+def test_what_was_proposed_in_a_maintenance_window_is_not_approved_after_it():
+    trainer = trained(maintenance=(WINDOW,))
+    trainer.heat["ffn"] = 1000.0
+    trainer.run(5)
+    (made,) = trainer.controller.decisions
+    with pytest.raises(OperatorError, match=r"is expired: only a proposal can be approved"):
+        trainer.controller.approve(made.id, "ann", "", trainer.now + 60)
 
 
 @pytest.mark.parametrize(("mode", "outcome"), [("observe", "observed"), ("enforce", "proposed")])
