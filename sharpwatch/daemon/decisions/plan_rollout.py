@@ -24,9 +24,12 @@ from sharpwatch.daemon.decisions.lr_plan import (
 )
 from sharpwatch.daemon.decisions.operator_requests import OperatorContext, OperatorRequests
 from sharpwatch.daemon.decisions.ramp_back import rates_are_free, scaling_state
+from sharpwatch.daemon.decisions.transitions import came_to_nothing
 from sharpwatch.daemon.detection.run_detection import RunDetection
 from sharpwatch.daemon.records import Decision, LrPlan
 from sharpwatch.errors import OperatorError
+
+_RETRY = 100  # steps until multipliers that the trainer did not take back are sent once more; then twice as many
 
 
 class PlanRollout:
@@ -129,6 +132,7 @@ class PlanRollout:
         """Do what is due after a step of the run."""
         plan = self._active
         if plan is None:
+            self._return_again(step, now)
             return
         made = self._log.find(plan.under_way) if plan.under_way else None
         after = advanced(plan, made, signs(self._detection, plan, made, step))
@@ -191,6 +195,24 @@ class PlanRollout:
         undoes = revisions[-1] if len(stages) == 1 else revisions[0]
         why = _joined(what, operator.reason)
         self._requests.roll_out(plan, multipliers, 0, replace(operator, reason=why), undoes=undoes)
+
+    def _return_again(self, step: int, now: float) -> None:
+        """Send the multipliers from before a plan once more where the trainer did not take them, ever more rarely."""
+        plan, number = self._log.plan, self._log.number_in_force
+        if plan is None or plan.state != "aborted" or not number or any(self._log.under_way()):
+            return
+        if self._log.revisions[number - 1].decision_id not in plan.decisions:
+            return  # it was taken, or somebody has set others since
+        tried = [made for made in self._log.decisions if made.plan == plan.id and made.id not in plan.decisions]
+        if not tried or not came_to_nothing(tried[-1]) or tried[-1].outcome == "cancelled":
+            return
+        last = tried[-1]
+        if step - last.step < _RETRY * 2 ** (len(tried) - 1):
+            return
+        undoes = self._log.revisions[last.revision - 1].undoes
+        again = OperatorContext(last.author, last.reason, step, now)
+        self._requests.roll_out(plan, last.multipliers, 0, again, undoes=undoes)
+        self._log.put_plan(replace(plan, detail=f"{plan.detail}; {last.id} {last.outcome}, sent again"))
 
 
 def _joined(what: str, why: str) -> str:

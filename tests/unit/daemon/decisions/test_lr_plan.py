@@ -289,6 +289,41 @@ def test_abort_goes_back_to_before_the_plan_in_one_revision():
     assert len(trainer.controller.revisions) == 4
 
 
+def test_a_return_that_the_trainer_refuses_is_sent_again_until_it_takes_it():
+    trainer = trained()
+    start(trainer, own())
+    a_stage(trainer)
+    in_force = trainer.controller.multipliers
+    trainer.refuses = "another rank does not answer"
+    operate(trainer, PlanRollout.abort, reason="no gain")
+    trainer.run(50)
+    (refused,) = (made for made in trainer.controller.decisions if made.outcome == "refused")
+    assert trainer.controller.multipliers == in_force
+    trainer.run(60)  # once more, in vain
+    assert plan_of(trainer).detail == f"aborted by bob; {refused.id} refused, sent again"
+    trainer.refuses = ""
+    trainer.run(200)
+    assert set(trainer.multipliers.values()) == {1.0}
+    returned = [made for made in trainer.controller.decisions if made.reason == refused.reason]
+    assert [made.outcome for made in returned] == ["refused", "refused", "applied"]
+    assert {(made.author, made.reason) for made in returned} == {("bob", "plan gentle aborted: no gain")}
+    trainer.run(500)
+    assert trainer.controller.decisions[-1] == returned[-1]
+
+
+def test_a_return_that_was_refused_is_not_sent_again_once_somebody_has_set_multipliers_since():
+    trainer = trained()
+    start(trainer, own())
+    a_stage(trainer)
+    trainer.refuses = "another rank does not answer"
+    operate(trainer, PlanRollout.abort)
+    trainer.run(50)
+    trainer.refuses = ""
+    trainer.take(trainer.controller.set_learning_rates({"qk": 2.0}, 0, 0, "ann", "mine", trainer.now))
+    trainer.run(300)
+    assert trainer.multipliers["qk"] == 2.0
+
+
 def test_abort_of_a_plan_that_a_policy_has_cut_leaves_the_cut_which_is_ramped_back():
     trainer = trained()  # a cut by half of the block that is not finite
     start(trainer, own({"ffn": 2.0}))
