@@ -201,7 +201,7 @@ def _watched(options: Options, run: str, rendezvous: Rendezvous) -> WatchedRun:
         report_unplaced(strategy.block_map, strict=False)
     if strategy.layout.unreadable:
         _LOG.warning("gradient norms are not readable: %s", strategy.layout.unreadable)
-    identity = _identity(options, strategy.run)
+    identity = _identity(options, strategy.run, takes_update_intervals=not strategy.interval_refusal)
     types = parameter_types(options.model, strategy.block_map, options.optimizers)
     control = _control(options, strategy, types)
     transport = _transport(options) if strategy.is_rank_zero else NullTransport()
@@ -264,7 +264,7 @@ def _transport(options: Options) -> Transport:
     return CourierHandle(address=options.address, token=options.token, tls=options.tls)
 
 
-def _identity(options: Options, run: str) -> Identity:
+def _identity(options: Options, run: str, *, takes_update_intervals: bool) -> Identity:
     return Identity(
         training_job=options.training_job,
         run=run,
@@ -280,6 +280,7 @@ def _identity(options: Options, run: str) -> Identity:
         started_at_unix_ns=time.time_ns(),
         data_order=options.data_order or "",
         labels=dict(options.labels or {}),
+        takes_update_intervals=takes_update_intervals,
     )
 
 

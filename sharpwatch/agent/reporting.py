@@ -61,6 +61,7 @@ class Identity:
     started_at_unix_ns: int
     data_order: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    takes_update_intervals: bool = True
     # Shown in each session, by which the daemon knows this trainer; in no log or message to others.
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
@@ -135,7 +136,7 @@ def hello_message(identity: Identity, block_map: BlockMap) -> agent_pb2.Hello:
         can_roll_back=identity.can_roll_back,
         data_order=identity.data_order,
         labels=identity.labels,
-        takes_update_intervals=True,
+        takes_update_intervals=identity.takes_update_intervals,
         secret=identity.secret,
     )
 

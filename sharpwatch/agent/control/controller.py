@@ -63,7 +63,8 @@ class Controller:
         parameter_types: For each parameter, the block types that share its learning rate.
         has_callback: Whether the user passed `on_rollback`.
         lr_refusal: Says why the learning rates of this run can't be changed, or nothing; asked when they are to be.
-        interval_refusal: Why no block can be left out of a step, where rates can be changed; empty if it can.
+        interval_refusal: Why no block can be left out of a step, where rates can be changed; empty if it can. Update
+            intervals are then ignored.
         log: Takes a line for each result of a command, and for each other change of the multipliers.
         own_rates: The learning rates by block that the optimizers' own groups have, as far as they are known.
     """
@@ -328,13 +329,15 @@ class Controller:
         self._ramp = _Ramp(now, target, self._taken, action.ramp_steps)
         self._fade = (self._taken + action.ttl_steps, action.ramp_steps) if action.ttl_steps else None
         self.revision = action.revision
-        asked = action.update_every
+        # Intervals come with each set, as those in force. A cut must not be lost for one of an earlier optimizer.
+        asked = {} if self._interval_refusal else action.update_every
         # In the blocks' own order: a protobuf map has none.
         self.update_every = {block: asked[block] for block in self.multipliers if asked.get(block, 1) > 1}
         unchanged = _unchanged(action.multipliers, target, self._parameter_types)
         remarks = (
             _shared_rates(target, self._parameter_types),
             _shared_intervals(self.update_every, self._parameter_types),
+            self._ignored_intervals(action.update_every),
         )
         self._settle(command, "applied", step, "; ".join(filter(None, remarks)), unchanged)
 
@@ -392,9 +395,13 @@ class Controller:
                 return f"unknown block {block!r}: the model has {', '.join(self.multipliers)}"
             if not 1 <= steps <= MAX_INTERVAL:
                 return f"{block!r} must be updated every 1 to {MAX_INTERVAL} steps, got {steps}"
-        if self._interval_refusal and any(steps > 1 for steps in update_every.values()):
-            return f"no block can be left out of a step: {self._interval_refusal}"
         return ""
+
+    def _ignored_intervals(self, update_every: Mapping[str, int]) -> str:
+        ignored = ", ".join(block for block, steps in update_every.items() if steps > 1)
+        if not (self._interval_refusal and ignored):
+            return ""
+        return f"{ignored} updated at every step, since no block can be left out of one: {self._interval_refusal}"
 
     def _rollback_refusal(self, action: RollBack) -> str:
         if self.mode != "rollback" and not self._has_callback:

@@ -306,7 +306,10 @@ class OperatorRequests:
     def _check_intervals(self, wanted: Mapping[str, int]) -> None:
         blocks = self._log.blocks
         if wanted and not self._permissions.takes_intervals:
-            raise OperatorError(f"the trainer of run {self._log.run} has an older sharpwatch, without update intervals")
+            raise OperatorError(
+                f"the trainer of run {self._log.run} takes no update intervals: it has an older sharpwatch, or an "
+                "optimizer such as LBFGS, which steps all parameters as one"
+            )
         for block, steps in wanted.items():
             if block not in blocks:
                 raise OperatorError(f"run {self._log.run} has no block {block!r}; allowed: {', '.join(blocks)}")

@@ -191,10 +191,31 @@ def test_a_resumed_run_rests_at_the_same_steps():
         each.close()
 
 
+def test_an_interval_that_can_not_be_takes_no_cut_with_it():
+    """As where a run with update intervals in force goes on with LBFGS, and a policy cuts its rates."""
+    ours, _, optimizer, _, transport, watch = watched(torchs("LBFGS"))
+    assert not transport.hellos[-1].takes_update_intervals  # so that none is asked for anew
+    transport.set_multipliers({"qk": 0.5}, update_every={"emb": 2}, id="c")
+
+    def closure():
+        backward(ours, 0)
+        return loss_of(ours, 0)
+
+    for _ in range(3):
+        backward(ours, 0)
+        optimizer.step(closure)
+    assert (watch.status.multipliers["qk"], dict(watch.status.update_every)) == (0.5, {})
+    watch.close()
+    (result,) = transport.results
+    assert result.outcome == "applied"
+    assert result.detail.endswith(
+        "emb updated at every step, since no block can be left out of one: LBFGS steps all parameters as one"
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "every", "why"),
     [
-        (torchs("LBFGS"), {}, {"emb": 2}, "no block can be left out of a step: LBFGS steps all parameters as one"),
         (torchs("Rprop"), {}, {"emb": 2}, "learning rates can't be changed: Rprop"),
         (torchs("SGD"), {"control": "none"}, {"emb": 2}, 'control="none"'),
         (torchs("SGD"), {}, {"attention": 2}, "unknown block 'attention'"),
