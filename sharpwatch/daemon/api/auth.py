@@ -12,6 +12,7 @@ from __future__ import annotations
 import hmac
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from sharpwatch.errors import SharpwatchError, TokenFileError
 
 log = structlog.get_logger(__name__)
 
+NO_ROLES: Mapping[str, Role] = {}
 _OWN = "operator"  # the name of who shows the operator's own token, or comes over the socket
 
 
@@ -46,6 +48,8 @@ def check_doors(settings: DaemonConfig) -> None:
             else f"grpc {address}: tokens would cross the network unencrypted; other addresses than loopback and "
             "unix:PATH need daemon.tls"
         )
+    if settings.tls is not None and settings.tls.client_roles and not settings.tls.client_ca:
+        raise SharpwatchError("tls.client_roles: it needs tls.client_ca, whose authorities sign clients' certificates")
     if settings.metrics_auth == "token" and settings.tls is None and not Address(settings.http).is_loopback:
         raise SharpwatchError(
             f"http {settings.http}: with metrics_auth: token, tokens would cross the network unencrypted; "
@@ -100,11 +104,18 @@ class Authorizer:
     Args:
         token: The operator's token.
         credentials: The credentials; None where none are configured.
+        client_roles: The roles of names in certificates that clients show.
     """
 
-    def __init__(self, token: WatchedFile[str], credentials: WatchedFile[tuple[Credential, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        token: WatchedFile[str],
+        credentials: WatchedFile[tuple[Credential, ...]] | None = None,
+        client_roles: Mapping[str, Role] = NO_ROLES,
+    ) -> None:
         self._token = token
         self._credentials = credentials
+        self._client_roles = client_roles
 
     @classmethod
     def of(cls, settings: DaemonConfig) -> Authorizer:
@@ -119,12 +130,13 @@ class Authorizer:
             make_token(path)
         token = WatchedFile(path, read_own_token, lambda error: _note("token_file", path, error))
         token.current()
+        client_roles = NO_ROLES if settings.tls is None else settings.tls.client_roles
         if not settings.credentials:
-            return cls(token)
+            return cls(token, client_roles=client_roles)
         file = token_path(settings.credentials)
         credentials = WatchedFile(file, read_credentials, lambda error: _note("credentials", file, error))
         credentials.current()
-        return cls(token, credentials)
+        return cls(token, credentials, client_roles)
 
     def caller(self, peer: str, authorization: bytes) -> Caller:
         """Who calls.
@@ -150,11 +162,17 @@ class Authorizer:
         """Who makes a call."""
         shown = (value for key, value in context.invocation_metadata() or () if key == "authorization")
         value = next(shown, b"")
+        if not value and self._client_roles:
+            names = context.auth_context()
+            for name in (*names.get("x509_common_name", ()), *names.get("x509_subject_alternative_name", ())):
+                if role := self._client_roles.get(name.decode(errors="replace")):
+                    return Caller(name.decode(), role)
         return self.caller(context.peer(), value if isinstance(value, bytes) else value.encode())
 
     def knows(self, name: str) -> bool:
-        """Whether there is a credential of that name, also one that has expired."""
-        return self._credentials is not None and any(each.name == name for each in self._credentials.current())
+        """Whether there is a credential of that name, also one that has expired, or a certificate's name has a role."""
+        credentials = () if self._credentials is None else self._credentials.current()
+        return name in self._client_roles or any(each.name == name for each in credentials)
 
     def still_holds(self, caller: Caller) -> bool:
         """Whether what a caller showed is valid still: its credential was not revoked, changed, or has not expired."""

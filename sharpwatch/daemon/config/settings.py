@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sharpwatch.blocks import BLOCKS
+from sharpwatch.common.credentials import Role
 from sharpwatch.common.endpoint import parse_address, without_password
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
@@ -118,6 +119,7 @@ Text = Annotated[str, Field(strict=True, min_length=1), _expecting("a string tha
 Flag = Annotated[bool, Field(strict=True), _expecting("true or false")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], _one_of(("debug", "info", "warning", "error"))]
 MetricsAuth = Annotated[Literal["none", "token"], _one_of(("none", "token"))]
+RoleName = Annotated[Role, _one_of(get_args(Role))]
 Device = Annotated[
     str,
     Field(strict=True, pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"),
@@ -226,6 +228,8 @@ class TlsConfig:
         certificate: The daemon's certificate, and those between it and the authority.
         key: Its key.
         client_ca: Authorities; with them, clients of gRPC must show a certificate of one of these.
+        client_roles: By the common name, or an alternative name, of a client's certificate, the role of whoever shows
+            it without a token.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
@@ -233,6 +237,7 @@ class TlsConfig:
     certificate: Text
     key: Text
     client_ca: Text | Literal[""] = ""
+    client_roles: dict[Text, RoleName] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sharpwatch.common.credentials import Credential, make_credential, read_cred
 from sharpwatch.daemon.api import agent_service
 from sharpwatch.daemon.api.limits import ConnectionLimits
 from sharpwatch.errors import SharpwatchError
+from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 from sharpwatch.v1.agent_pb2_grpc import AgentServiceStub
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
@@ -364,6 +365,33 @@ async def test_a_client_shows_a_certificate_where_one_is_asked_for(secured, hold
                     assert (await call).role == "viewer"
                 else:
                     assert (await status(call))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_certificate_has_the_role_of_its_name_where_no_token_is_shown(secured, authority, build):
+    roles = {"trainer-7": "agent", "grafana.example": "viewer", "ann": "operator"}
+    own, viewer = authority.sign("ann"), authority.sign("dashboards", host="grafana.example")
+    trainer, unknown = authority.sign("trainer-7"), authority.sign("eve")
+    async with secured(client_ca=str(authority.own.certificate), client_roles=roles) as (address, _):
+        async with reached(address, authority, trainer) as channel:
+            call = AgentServiceStub(channel).Session()
+            await call.write(agent_pb2.SessionRequest(hello=build.hello()))
+            assert (await call.read()).WhichOneof("message") == "welcome"
+            refused = OperatorServiceStub(channel).GetDaemon(pb.GetDaemonRequest())
+            assert await status(refused) == (
+                FORBIDDEN,
+                "reading needs the operator's token, or one of role viewer; trainer-7 has the role agent",
+            )
+            call.cancel()
+        for shown, role in ((own, "operator"), (viewer, "viewer")):
+            async with reached(address, authority, shown) as channel:
+                assert (await OperatorServiceStub(channel).GetDaemon(pb.GetDaemonRequest())).role == role
+        async with reached(address, authority, unknown) as channel:
+            assert (await status(OperatorServiceStub(channel).GetDaemon(pb.GetDaemonRequest())))[0] is UNKNOWN
+        async with reached(address, authority, own) as channel:  # what is shown counts, also beside a name with a role
+            wrong = (("authorization", "Bearer wrong"),)
+            assert (await status(OperatorServiceStub(channel).GetDaemon(pb.GetDaemonRequest(), metadata=wrong)))[
+                0
+            ] is UNKNOWN
 
 
 async def test_a_new_certificate_is_shown_without_a_restart(secured, authority):

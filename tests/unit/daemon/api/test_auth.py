@@ -32,3 +32,10 @@ def test_metrics_for_a_token_are_not_served_over_the_network_in_the_clear():
         check_doors(DaemonConfig(**asked))
     check_doors(DaemonConfig(**asked | {"http": "127.0.0.1:9741"}))
     check_doors(DaemonConfig(**asked, tls=TlsConfig("/c.pem", "/k.pem")))
+
+
+def test_roles_by_certificate_need_an_authority():
+    files, roles = ("/c.pem", "/k.pem"), {"ann": "operator"}
+    with pytest.raises(SharpwatchError, match=r"tls\.client_roles: it needs tls\.client_ca"):
+        check_doors(DaemonConfig(tls=TlsConfig(*files, client_roles=roles)))
+    check_doors(DaemonConfig(tls=TlsConfig(*files, client_ca="/ca.pem", client_roles=roles)))
