@@ -93,6 +93,7 @@ class Pipeline:
         self._retry_after = _FIRST_RETRY
         self._gathering = Gathering()
         self._stop = asyncio.Event()
+        self._is_noted_full = False  # that nothing is folded any more: once for each outage
         self.store_error = ""
 
     async def run(self) -> None:
@@ -319,7 +320,9 @@ class Pipeline:
                 await self._write(entries)
                 written = True
         # A sample is folded once, however often its write fails: the detectors must not see a step twice.
-        if not self.is_full:
+        if self.is_full:
+            self._note_full()
+        else:
             await self._process([entry for entry in entries if not entry.processed])
         if not written:
             # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
@@ -327,6 +330,11 @@ class Pipeline:
         elif self._pending != PendingWrites():
             with suppress(StoreError):
                 await self._write(())
+
+    def _note_full(self) -> None:
+        if not self._is_noted_full:
+            log.error("records_full", bytes=self._pending.nbytes, store_error=self.store_error)
+        self._is_noted_full = True
 
     async def _write(self, entries: Sequence[QueuedSample]) -> None:
         """Writes samples and all pending records in one transaction, and only then acknowledges and sends."""
@@ -375,6 +383,7 @@ class Pipeline:
         if self.store_error:
             log.info("store_recovered", after=self.store_error)
         self.store_error, self._retry_at, self._retry_after = "", 0.0, _FIRST_RETRY
+        self._is_noted_full = False
         self._metrics.store_writable.set(1)
 
     def _send(self, name: str, identity: str) -> None:

@@ -1,7 +1,6 @@
-"""Known faults: each test states what is right and fails today; a fix removes its mark.
+"""Faults that there were: alerts that hid one another or never ended, and what policies did about them.
 
-Here: alerts that hide one another or never end, and what policies do about them. The runs are made by hand, so that
-every reading is known; the daemon is a real one.
+The runs are made by hand, so that every reading is known; the daemon is a real one.
 """
 
 from __future__ import annotations

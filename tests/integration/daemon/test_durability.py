@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from sharpwatch import wire
 from sharpwatch.daemon import pipeline
@@ -232,7 +233,7 @@ async def test_records_that_wait_for_the_journal_are_bounded(daemon, build, monk
     def failing(*_):
         raise StoreError("journal: the disk is full")
 
-    with monkeypatch.context() as outage:
+    with monkeypatch.context() as outage, capture_logs() as logs:
         outage.setattr(Journal, "write", failing)
         tap = build.tap()
         tap.non_finite.CopyFrom(wire.encode([1] * 5, "int64"))
@@ -251,6 +252,7 @@ async def test_records_that_wait_for_the_journal_are_bounded(daemon, build, monk
         unknown = pb.SetModeRequest(run="none", mode="observe", author="ann")
         with pytest.raises(grpc.aio.AioRpcError, match="no run"):
             await daemon.operator.SetMode(unknown, metadata=daemon.credentials)
+    assert [each["event"] for each in logs].count("records_full") == 1
     await trainer.acknowledged(3)
     detail = await daemon.shown("run", lambda detail: detail.run.step == 3)
     assert detail.run.active_alerts
