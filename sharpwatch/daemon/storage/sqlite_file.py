@@ -200,7 +200,8 @@ class LockedJournal:
         marker, descriptor = self._marker, self._descriptor
         self._marker, self._descriptor = None, None
         if marker is not None:
-            os.fsync(marker)
+            with suppress(OSError):  # of a disk that fails; a number that lags is no false alarm
+                os.fsync(marker)
             os.close(marker)
         if descriptor is not None:
             os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -478,6 +479,20 @@ def test_a_full_disk_takes_nothing_and_says_so_then_all_of_it(file_url):
         connection.execute("PRAGMA max_page_count=1000000")
         write(journal, samples=large)
         assert journal.load("run", samples=99).attempts[0].acknowledged == 10
+
+
+def test_a_journal_is_closed_also_on_a_disk_that_has_become_read_only(file_url, monkeypatch):
+    journal = Journal(file_url, retain_samples=100)
+    write(journal, attempts=(ATTEMPT,), samples=samples(1, 2))
+
+    def fails(_: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        journal.close()
+    with closing(Journal(file_url, retain_samples=100)) as again:  # its lock is released
+        assert again.load("run", samples=99).attempts[0].acknowledged == 2
 
 
 WRITER = """
