@@ -57,7 +57,7 @@ class Feed:
         for run in self.runs:
             message = request(self._step, time.time_ns(), body(self._random, gnb=gnb))
             sample = agent_pb2.SessionRequest.FromString(message).sample
-            observation = run.update(read_sample(run.attempt.hello, sample), time.time())
+            observation = run.update(read_sample(run.attempt.hello, sample), time.time(), time.monotonic())
             if observation is not None:
                 run.controller.observe(observation, time.time())
             if gnb:

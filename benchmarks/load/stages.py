@@ -59,7 +59,7 @@ def stages(samples: int, *, gnb: bool) -> dict[str, float]:
             message, now = request(step, time.time_ns(), bodies[step % len(bodies)]), time.time()
             sample = timed("parse", agent_pb2.SessionRequest.FromString, message).sample
             reading = timed("check and read", read_sample, told, sample)
-            observation = timed("windows and maxima", run.update, reading, now)
+            observation = timed("windows and maxima", run.update, reading, now, now)
             timed("detect and decide", run.controller.observe, observation, now)
             if gnb:
                 wanted = run.request(("gnb",))

@@ -157,7 +157,7 @@ def _state(payloads: list[bytes]) -> bytes:
     run = Run(Attempt(hello, b""), controller, now=0.0)
     for sequence, payload in enumerate(payloads, 1):
         reading = read_sample(hello, agent_pb2.SessionRequest.FromString(payload).sample)
-        observation = run.update(reading, time.time())
+        observation = run.update(reading, time.time(), time.monotonic())
         run.folded("attempt", sequence)
         if observation is not None:
             controller.observe(observation, time.time())

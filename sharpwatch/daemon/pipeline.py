@@ -141,7 +141,7 @@ class Pipeline:
                 try:
                     # Nearly no configuration has overrides, and this runs often.
                     own = detection.of(run.attempt.hello.all_labels) if detection.overrides else detection
-                    changes = run.check_stall(own.stall_after, time.time())
+                    changes = run.check_stall(own.stall_after, time.time(), time.monotonic())
                 except Exception:  # an error in one run must not stop the others; counted
                     self._metrics.internal_errors.labels("stall").inc()
                     log.exception("stall_check_failed", run=run.name)
@@ -453,7 +453,7 @@ class Pipeline:
         self._take_reports(run, reading, now)
         if entry.attempt is not run.attempt:
             return  # a newer attempt has replaced this one, so its measurements are out of date
-        observation = run.update(reading, now)
+        observation = run.update(reading, now, entry.received_at)
         run.folded(entry.attempt.hello.attempt, reading.sequence)
         if observation is not None:
             changes = run.controller.observe(observation, now)

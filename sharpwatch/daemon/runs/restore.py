@@ -139,7 +139,7 @@ class _Replay:
             return None
         if not self._attempts[row.attempt].hello.same_projection(self._run.attempt.hello):
             reading = _without_projection(reading)
-        observation = self._run.update(reading, self._clock + reading.taken_at)
+        observation = self._run.update(reading, self._clock + reading.taken_at, reading.taken_at)
         self._run.folded(row.attempt, row.sequence)
         return observation
 

@@ -149,7 +149,7 @@ class Run:
         self._decisions_total: Counter[tuple[str, str, str]] = Counter()
         # A decision is journalled again when a detail changes; only a new outcome counts.
         self._pauses: tuple[float, ...] = (0.0, 0.0)  # the two longest between samples of an attempt, in seconds
-        self._stepped_at: float | None = None  # since when the attempt has made no step; None before its first
+        self._stepped_at: float | None = None  # when the attempt made its newest step; None before its first
         self._counted: dict[str, str] = {}  # by id: "raised" for an alert, the last outcome for a decision
         self._controller_changed = True  # since the last publish
         self._open_incidents: set[str] = set()  # ids; the controller moves them on at every step
@@ -211,13 +211,14 @@ class Run:
         for name in _MEASURED:
             self._draft.pop(name, None)
 
-    def check_stall(self, stall_after: float, now: float) -> Changes:
+    def check_stall(self, stall_after: float, now: float, clock: float) -> Changes:
         """Looks whether the trainer has stopped making steps while its agent is connected.
 
         Args:
             stall_after: Seconds without a sample that are allowed at least. A run that pauses longer by itself, as for
                 evaluations, is allowed three times its second longest pause.
             now: Unix seconds.
+            clock: Monotonic seconds: a clock that is set must make no run stall.
         """
         if self.phase == "closed":
             return self.controller.stall_ended("the run was closed")
@@ -225,20 +226,21 @@ class Run:
             # It has not begun to stall. But one that had is no better because nothing is heard of it any more.
             return NO_CHANGES
         # Before its first step an attempt compiles, or loads a checkpoint.
-        if self._stepped_at is None or now - self._stepped_at <= max(stall_after, _PAUSES * self._pauses[1]):
+        if self._stepped_at is None or clock - self._stepped_at <= max(stall_after, _PAUSES * self._pauses[1]):
             return NO_CHANGES
-        return self.controller.stalled(now - self._stepped_at, now)
+        return self.controller.stalled(clock - self._stepped_at, now)
 
     def begin_steps(self) -> None:
         """Has the time before the next sample count for no pause of the run's own."""
         self._stepped_at = None
 
-    def update(self, reading: Reading, now: float) -> Observation | None:
+    def update(self, reading: Reading, now: float, clock: float) -> Observation | None:
         """Takes in a sample of the newest attempt.
 
         Args:
             reading: The sample.
             now: Unix seconds.
+            clock: When it came, in monotonic seconds; of samples that are folded again, on any clock of their own.
 
         Returns:
             The step as the detectors need it, or None if the sample measured nothing that they use.
@@ -263,8 +265,8 @@ class Run:
         if reading.closing:
             draft["phase"] = "closed"
         if self._stepped_at is not None:
-            self._pauses = tuple(sorted((*self._pauses, now - self._stepped_at))[-1:-3:-1])
-        self._stepped_at = now
+            self._pauses = tuple(sorted((*self._pauses, clock - self._stepped_at))[-1:-3:-1])
+        self._stepped_at = clock
         # A sample may carry only results or checkpoints; to a detector it would be a step without a loss.
         if reading.tap is None and reading.loss is None and not {"direction", "gnb"} & reading.probes.keys():
             return None
@@ -372,7 +374,7 @@ class Run:
             **changes: Fields of `RunSnapshot` to be set as well.
         """
         if changes.get("phase") == "running" and self._stepped_at is not None:
-            self._stepped_at = time.time()  # without a connection nothing was known of its steps
+            self._stepped_at = time.monotonic()  # without a connection nothing was known of its steps
         # Copied only when they have changed: on a healthy run the records stay the same for thousands of steps.
         if self._controller_changed or self._open_incidents:
             self._draft |= self._controller_state()

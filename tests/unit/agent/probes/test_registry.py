@@ -103,7 +103,7 @@ def test_a_made_up_probe_runs_travels_and_is_estimated():
     assert not any(sample.health.probe_failures for sample in samples)
     run = Run(Attempt(hello, b""), Controller(), now=0.0)
     for sample in samples:
-        run.update(read_sample(hello, sample), 0.0)
+        run.update(read_sample(hello, sample), 0.0, 0.0)
     request = run.request()
     assert list(request.windows) == [FIELD]
     run.take_estimates(request, estimator.estimate_all([request], "cpu")[0])

@@ -160,7 +160,7 @@ PROBES = {
 def after(run: Run, step: int, *probes: str) -> list[tuple[str, str, str]]:
     """What is shown once a sample with `probes` is estimated."""
     reading = replace(EMPTY, sequence=step, step=step, probes={probe: PROBES[probe] for probe in probes})
-    run.update(reading, 0.0)
+    run.update(reading, 0.0, 0.0)
     request = run.request(reading.probes)
     assert (tuple(request.windows), request.new_steps) == (probes, {step})
     run.windows.note_taken(request)

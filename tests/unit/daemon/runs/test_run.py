@@ -62,7 +62,7 @@ def controller(*_) -> RunController:
 
 def update(run: Run, steps: range) -> None:
     for step in steps:
-        run.update(read_sample(run.attempt.hello, sample(step, run.attempt.hello.sketch_size)), 0.0)
+        run.update(read_sample(run.attempt.hello, sample(step, run.attempt.hello.sketch_size)), 0.0, 0.0)
 
 
 def estimated(run: Run) -> dict[str, int]:
@@ -87,7 +87,7 @@ def test_the_gradient_noise_is_that_of_the_newest_gnb_probe_by_block(run):
         probed = sample(sequence)
         if noise is not None:
             probed.gnb.gradient_noise.CopyFrom(wire.encode(noise, "float32"))
-        run.update(read_sample(hello, probed), 0.0)
+        run.update(read_sample(hello, probed), 0.0, 0.0)
         run.publish()
         assert run.snapshot.gradient_noise == noise
 
@@ -96,10 +96,10 @@ def test_a_gradient_noise_of_its_own_stays_until_the_next_of_its_kind(run):
     hello = replace(run.attempt.hello, probes=("gnb", "gradient_noise"))
     own = agent_pb2.GradientNoiseProbe(noise=wire.encode((0.5, 0.25), "float32"))
     for probed in (agent_pb2.Sample(sequence=6, step=6, gradient_noise=own), sample(7)):
-        run.update(read_sample(hello, probed), 0.0)
+        run.update(read_sample(hello, probed), 0.0, 0.0)
         run.publish()
         assert run.snapshot.gradient_noise == (0.5, 0.25)
-    run.update(read_sample(hello, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0)
+    run.update(read_sample(hello, agent_pb2.Sample(sequence=8, step=8, gradient_noise={})), 0.0, 0.0)
     run.publish()
     assert run.snapshot.gradient_noise is None
 
@@ -116,7 +116,7 @@ def test_a_gradient_that_was_not_read_is_none_and_no_damage(run, norm, damage):
         lr_multiplier=ones,
     )
     reading = read_sample(run.attempt.hello, agent_pb2.Sample(sequence=6, step=6, tap=tap))
-    observed = run.update(reading, 0.0)
+    observed = run.update(reading, 0.0, 0.0)
     np.testing.assert_array_equal(observed.layers.gradient_norm, [norm, 1.0])
     opened = run.controller.observe(observed, 0.0).incidents
     assert [(one.name, one.layer_blocks) for one in opened] == damage
@@ -324,11 +324,11 @@ def test_an_attempt_that_comes_back_is_the_newest_again_and_no_further_one():
 
 
 def stalled(run: Run, now: float) -> list[str]:
-    return [incident.name for incident in run.check_stall(600.0, now).incidents if incident.active]
+    return [incident.name for incident in run.check_stall(600.0, now, now).incidents if incident.active]
 
 
 def connected(run: Run, monkeypatch, now: float) -> None:
-    monkeypatch.setattr(run_module.time, "time", lambda: now)
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now)
     run.publish(phase="running")
 
 
@@ -339,9 +339,9 @@ def test_a_run_stalls_when_its_agent_is_there_and_its_steps_are_not(run, monkeyp
     assert stalled(run, 601.0) == ["RunStalled"]
     assert stalled(run, 700.0) == []  # it is said already
     run.publish(phase="silent")
-    assert run.check_stall(600.0, 710.0) == NO_CHANGES  # it is no better because nothing is heard
+    assert run.check_stall(600.0, 710.0, 710.0) == NO_CHANGES  # it is no better because nothing is heard
     run.publish(phase="closed")
-    (closed,) = run.check_stall(600.0, 720.0).incidents
+    (closed,) = run.check_stall(600.0, 720.0, 720.0).incidents
     assert (closed.active, closed.closed) == (False, "the run was closed")
 
 
@@ -349,7 +349,7 @@ def test_a_run_that_pauses_by_itself_is_waited_for(run, monkeypatch):
     """As for evaluations: three times its second longest pause, so that one stall does not excuse the next."""
     connected(run, monkeypatch, 0.0)
     for step, now in enumerate((0.0, 500.0, 900.0), 6):
-        run.update(read_sample(run.attempt.hello, sample(step)), now)
+        run.update(read_sample(run.attempt.hello, sample(step)), now, now)
     assert stalled(run, 900.0 + 3 * 400 - 1) == []
     assert stalled(run, 900.0 + 3 * 400 + 1) == ["RunStalled"]
 
@@ -358,9 +358,17 @@ def test_time_without_a_connection_is_neither_a_stall_nor_a_pause(run, monkeypat
     run.publish(phase="silent")
     connected(run, monkeypatch, 36_000.0)
     assert stalled(run, 36_599.0) == []
-    run.update(read_sample(run.attempt.hello, sample(6)), 36_700.0)
-    run.update(read_sample(run.attempt.hello, sample(7)), 36_701.0)
+    run.update(read_sample(run.attempt.hello, sample(6)), 36_700.0, 36_700.0)
+    run.update(read_sample(run.attempt.hello, sample(7)), 36_701.0, 36_701.0)
     assert stalled(run, 36_701.0 + 601) == ["RunStalled"]  # after one pause of 700 s
+
+
+def test_a_clock_that_is_set_is_neither_a_stall_nor_a_pause(run, monkeypatch):
+    connected(run, monkeypatch, 0.0)
+    for step, hours in enumerate((0, 3, -5, 26), 6):
+        run.update(read_sample(run.attempt.hello, sample(step)), 3600.0 * (30 + hours), 1.0 * step)
+    assert run.check_stall(600.0, 3600.0 * 60, 10.0) == NO_CHANGES
+    assert stalled(run, 10.0 + 601) == ["RunStalled"]
 
 
 def test_a_new_attempt_has_not_stalled_before_its_first_step(run, monkeypatch):
@@ -412,7 +420,9 @@ def test_a_restored_run_is_as_it_was_before_the_stop(since):
         payload = agent_pb2.SessionRequest(sample=message).SerializeToString()
         rows.append(SampleRow("run", "a1", sequence, sequence, payload, 0.0))
         reading = read_sample(one.hello, message)
-        changes = before.controller.observe(before.update(reading, start + sequence), start + sequence)
+        changes = before.controller.observe(
+            before.update(reading, start + sequence, start + sequence), start + sequence
+        )
         before.folded("a1", sequence)
         before.count(changes)
         if sequence == 300 - since:

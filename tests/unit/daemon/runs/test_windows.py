@@ -40,7 +40,7 @@ def controller(hello: RunHello, _: RunController | None) -> RunController:
 
 def fold(run: Run, message: agent_pb2.Sample) -> None:
     """As it comes from the wire."""
-    run.update(read_sample(run.attempt.hello, agent_pb2.Sample.FromString(message.SerializeToString())), 0.0)
+    run.update(read_sample(run.attempt.hello, agent_pb2.Sample.FromString(message.SerializeToString())), 0.0, 0.0)
 
 
 def held(fill: Callable[[int], agent_pb2.Sample], count: int, **limits: int) -> tuple[int, Run]:
