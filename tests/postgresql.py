@@ -51,9 +51,9 @@ class PostgresqlServer:
         options = f"-k {self.folder} -c listen_addresses='' -c fsync={'on' if self._durable else 'off'}"
         self._run("pg_ctl", "--wait", f"--log={self.folder}/log", f"--options={options}", "start")
 
-    def stop(self) -> None:
-        """End it; connections are broken."""
-        self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
+    def stop(self, mode: str = "immediate") -> None:
+        """End it; connections are broken. In the mode "fast" it needs no recovery at the next start."""
+        self._run("pg_ctl", "--wait", f"--mode={mode}", "stop")
 
     def kill(self) -> None:
         """Kill it as `kill -9` does, and wait for the end of the processes that serve connections."""
