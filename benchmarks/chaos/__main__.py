@@ -26,8 +26,8 @@ from pathlib import Path
 import grpc
 
 from benchmarks.chaos.clients import PATIENCE, Agent, Asked, Operator, bodies
-from benchmarks.chaos.machine import Daemon, Disk, Links, Tls, make_disk, make_store, rows
-from benchmarks.chaos.scenarios import SCENARIOS, Place, Scenario
+from benchmarks.chaos.machine import Daemon, Disk, Tls, make_disk, make_store, rows
+from benchmarks.chaos.scenarios import SCENARIOS, Links, Place, Scenario
 
 _RUNS = 6
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))  # a connection for each channel

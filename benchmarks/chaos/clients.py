@@ -169,8 +169,7 @@ class Agent:
 
     async def _talk(self) -> None:
         while True:
-            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
-                await self._session()
+            await self._session()
             await asyncio.sleep(_RETRY)
 
     async def _session(self) -> None:

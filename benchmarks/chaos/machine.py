@@ -1,4 +1,4 @@
-"""What a daemon stands on and what can be done to it: its process and clock, its disk, its store, its links."""
+"""What is disturbed: the daemon's process with its clock and certificate, its disk, its store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -96,7 +94,7 @@ class Daemon:
     """
 
     def __init__(self, folder: Path, store: str, tls: Tls | None, *, has_clock: bool) -> None:
-        self.grpc, self.http = (f"127.0.0.1:{_free_port()}" for _ in range(2))
+        self.grpc, self.http = (f"127.0.0.1:{free_port()}" for _ in range(2))
         self.errors: Counter[str] = Counter()
         self._token_file = folder / "token"
         self._config = folder / "daemon.yaml"
@@ -186,7 +184,8 @@ class Daemon:
                 self.errors[event["event"]] += 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody has."""
     # Below those that the system gives to connections: an agent that tries to come back could be given the port.
     while True:
         port = random.randint(20_000, 30_000)  # noqa: S311  no secret
@@ -332,95 +331,3 @@ def rows(url: str, query: str) -> Sequence[tuple[Any, ...]]:
     """What a query finds in the journal."""
     with create_engine(url, poolclass=NullPool).connect() as connection:
         return [tuple(row) for row in connection.exec_driver_sql(query)]
-
-
-class Links:
-    """A proxy on TCP that harms the connections through it, each in another way and at another time.
-
-    Args:
-        target: Where connections go on to.
-        randomness: Which harm is done when.
-
-    Attributes:
-        harmed: How many connections were.
-    """
-
-    def __init__(self, target: str, randomness: random.Random) -> None:
-        self._host, port = target.rsplit(":", 1)
-        self._port = int(port)
-        self._random = randomness
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.harmed = 0
-        self.address = ""
-
-    async def open(self) -> None:
-        """Takes connections."""
-        server = await asyncio.start_server(self._connected, "127.0.0.1", _free_port())
-        self.address = "{}:{}".format(*server.sockets[0].getsockname())
-        self._server = server
-
-    async def close(self) -> None:
-        """Ends all connections."""
-        self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        with suppress(OSError, asyncio.CancelledError):
-            try:
-                there = await asyncio.open_connection(self._host, self._port)
-                await self._link((reader, writer), there)
-            finally:
-                writer.close()
-        self._tasks.discard(task)
-
-    async def _link(self, *ends: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-        link, ((here, answer), (there, request)) = _Link(), ends
-        passing = [asyncio.create_task(link.passes(here, request)), asyncio.create_task(link.passes(there, answer))]
-        try:
-            done, _ = await asyncio.wait(
-                passing, timeout=self._random.uniform(0.0, 4.0), return_when=asyncio.FIRST_COMPLETED
-            )
-            if done:
-                return
-            self.harmed += 1
-            match self._random.choice(("slow", "dead", "cut", "reset")):
-                case "slow":
-                    link.delay = self._random.uniform(0.05, 0.5)
-                case "dead":  # both ends stay open, and the far one never hears that the near one has left
-                    link.is_dead = True
-                    await asyncio.sleep(PATIENCE)
-                case "cut":  # one of the ends, by chance, hears it some seconds before the other
-                    self._random.choice((answer, request)).close()
-                    await asyncio.sleep(3.0)
-                case "reset":
-                    for writer in (answer, request):
-                        found = writer.get_extra_info("socket")
-                        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        writer.transport.abort()
-            await asyncio.wait(passing, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in passing:
-                task.cancel()
-            request.close()
-
-
-@dataclass
-class _Link:
-    """How a link is at the moment."""
-
-    delay: float = 0.0
-    is_dead: bool = False
-
-    async def passes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(2**16):
-                if self.is_dead:
-                    continue
-                await asyncio.sleep(self.delay)
-                writer.write(data)
-                await writer.drain()

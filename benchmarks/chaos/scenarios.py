@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import ssl
+import struct
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from benchmarks.chaos.clients import Agent
-from benchmarks.chaos.machine import Daemon, Disk, Links, Store, Tls, until
+from benchmarks.chaos.machine import PATIENCE, Daemon, Disk, Store, Tls, free_port, until
 
 KILLS = 50
 _STEPS_OF_CLOCK = (3.0, -5.0, 26.0, -1.0, 0.0)  # hours
@@ -89,7 +92,7 @@ async def read_only(place: Place) -> int:
         await place.ready(wanted=False)
         await place.pause(0.5, 1.5)
         if is_file:
-            await place.daemon.stop()
+            assert await place.daemon.stop() == 0
             await _does_not_start(place.daemon)
         await place.store.stop("immediate")
         await asyncio.to_thread(place.disk.repair)
@@ -150,6 +153,98 @@ async def certificates(place: Place) -> int:
     await place.pause(1.0, 2.0)
     assert [each.log.sessions for each in staying] == before, "sessions ended when the certificate changed"
     return 6
+
+
+class Links:
+    """A proxy on TCP that harms the connections through it, each in another way and at another time.
+
+    Args:
+        target: Where connections go on to.
+        randomness: Which harm is done when.
+
+    Attributes:
+        harmed: How many connections were.
+    """
+
+    def __init__(self, target: str, randomness: random.Random) -> None:
+        self._host, port = target.rsplit(":", 1)
+        self._port = int(port)
+        self._random = randomness
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.harmed = 0
+        self.address = ""
+
+    async def open(self) -> None:
+        """Takes connections."""
+        server = await asyncio.start_server(self._connected, "127.0.0.1", free_port())
+        self.address = "{}:{}".format(*server.sockets[0].getsockname())
+        self._server = server
+
+    async def close(self) -> None:
+        """Ends all connections."""
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        with suppress(OSError, asyncio.CancelledError):
+            try:
+                there = await asyncio.open_connection(self._host, self._port)
+                await self._link((reader, writer), there)
+            finally:
+                writer.close()
+        self._tasks.discard(task)
+
+    async def _link(self, *ends: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+        link, ((here, answer), (there, request)) = _Link(), ends
+        passing = [asyncio.create_task(link.passes(here, request)), asyncio.create_task(link.passes(there, answer))]
+        try:
+            done, _ = await asyncio.wait(
+                passing, timeout=self._random.uniform(0.0, 4.0), return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                return
+            self.harmed += 1
+            match self._random.choice(("slow", "dead", "cut", "reset")):
+                case "slow":
+                    link.delay = self._random.uniform(0.05, 0.5)
+                case "dead":  # both ends stay open, and the far one never hears that the near one has left
+                    link.is_dead = True
+                    await asyncio.sleep(PATIENCE)
+                case "cut":  # one of the ends, by chance, hears it some seconds before the other
+                    self._random.choice((answer, request)).close()
+                    await asyncio.sleep(3.0)
+                case "reset":
+                    for writer in (answer, request):
+                        found = writer.get_extra_info("socket")
+                        found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        writer.transport.abort()
+            await asyncio.wait(passing, timeout=4.0, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in passing:
+                task.cancel()
+            request.close()
+
+
+@dataclass
+class _Link:
+    """How a link is at the moment."""
+
+    delay: float = 0.0
+    is_dead: bool = False
+
+    async def passes(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(2**16):
+                if self.is_dead:
+                    continue
+                await asyncio.sleep(self.delay)
+                writer.write(data)
+                await writer.drain()
 
 
 async def links(place: Place) -> int:
