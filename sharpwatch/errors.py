@@ -16,8 +16,10 @@ SharpwatchError
 ├── WireError            a message violates the wire protocol
 ├── StoreError           the journal cannot be opened, read or written
 │   ├── JournalInUseError      another process has the journal
+│   │   └── ShardLostError     another daemon has had a shard of this one meanwhile
 │   └── RevisionConflictError  a revision is in the journal already, with other content
 ├── NoRoomError          the daemon holds as many live runs as it can
+├── NotHeldError         the run is of a shard that this daemon does not hold
 ├── LogError             a log or a recorded run cannot be read
 └── OperatorError        the daemon refused an operator's call, or cannot be reached
     └── UnansweredError  the trainer has not answered an operator's command yet
@@ -129,6 +131,10 @@ class JournalInUseError(StoreError):
     """Another process has the journal."""
 
 
+class ShardLostError(JournalInUseError):
+    """Another daemon has held a shard of this one meanwhile, so that this one no longer knows its runs."""
+
+
 class RevisionConflictError(StoreError):
     """A revision is in the journal already, with other content, and is not overwritten.
 
@@ -146,6 +152,10 @@ class RevisionConflictError(StoreError):
 
 class NoRoomError(SharpwatchError):
     """The daemon holds as many live runs as it can."""
+
+
+class NotHeldError(SharpwatchError):
+    """The run is of a shard that this daemon does not hold; the message says which, and who holds it."""
 
 
 class LogError(SharpwatchError):

@@ -79,6 +79,7 @@ def attach(  # noqa: PLR0913 - the public signature; each has a default that wor
         training_job: The name of what is trained; all attempts at it share this name.
         run: The name of this attempt; by default `training_job` with the time and a random suffix.
         address: The daemon's, as "HOST:PORT" or "unix:PATH"; by default `$SHARPWATCH_ADDRESS`, then "127.0.0.1:7741".
+            Of several daemons that share the runs, the addresses of all shards in order, with commas between them.
         token: The bearer token of the daemon, where it asks for one; by default the one in the file that
             $SHARPWATCH_TOKEN_FILE names, which may be replaced during the run. It is sent to this machine, or over TLS.
         tls: PEM files by name: "ca", and for mutual TLS "cert" with "key"; by default those that $SHARPWATCH_TLS_CA,

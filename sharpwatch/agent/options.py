@@ -23,7 +23,7 @@ from sharpwatch.agent.transport.base import (
     Transport,
     check_secrecy,
     find_token_file,
-    parse_daemon_address,
+    parse_daemon_addresses,
     parse_tls,
     parse_token,
 )
@@ -124,11 +124,11 @@ def check(options: Options) -> None:
             "transport must have the members of sharpwatch.agent.transport.base.Transport (send_hello, send, receive, "
             f"close, dropped, connection) or be None, got {type(options.transport).__name__}"
         )
-    address, tls = parse_daemon_address(options.address), parse_tls(options.tls)
+    addresses, tls = parse_daemon_addresses(options.address), parse_tls(options.tls)
     has_token = bool(parse_token(options.token) or find_token_file(options.token))
     # The transport of a program's own has neither.
     if options.transport is None:
-        check_secrecy(address, has_token=has_token, tls=tls)
+        check_secrecy(addresses, has_token=has_token, tls=tls)
 
 
 def possible(probes: tuple[str, ...], model: nn.Module) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from heapq import merge
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import click
 import grpc
 
 from sharpwatch.cli.options import DaemonOptions, Decorator
-from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_address
+from sharpwatch.cli.shards import OperatorStub
+from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_addresses
 from sharpwatch.common.tls import Tls, channel_credentials, tls_variables
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError, TokenFileError
@@ -45,7 +46,7 @@ class DaemonConnection:
     """How to reach the daemon.
 
     Attributes:
-        address: HOST:PORT or unix:PATH.
+        address: HOST:PORT or unix:PATH; of several daemons those of all shards, in order, with commas between them.
         token: The token; empty for none.
         token_file: The file that the token is from, or would be.
         tls: The PEM files; None to connect without TLS.
@@ -59,7 +60,7 @@ class DaemonConnection:
     @property
     def is_local(self) -> bool:
         """Whether everything sent stays on this machine."""
-        return parse_address(self.address).is_local
+        return all(each.is_local for each in parse_addresses(self.address))
 
 
 def find_connection(options: DaemonOptions, environ: Mapping[str, str]) -> DaemonConnection:
@@ -94,7 +95,7 @@ def _environment_address(environ: Mapping[str, str]) -> str:
     if not text:
         return ""
     try:
-        parse_address(text)
+        parse_addresses(text)
     except ValueError as error:
         raise OperatorError(f"$SHARPWATCH_ADDRESS: {error}") from None
     return text
@@ -151,7 +152,7 @@ class _TokenInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClient
 
 
 @contextmanager
-def operator(options: DaemonOptions) -> Iterator[OperatorServiceStub]:
+def operator(options: DaemonOptions) -> Iterator[OperatorStub]:
     """Open the operator service of the daemon that the options and the environment name.
 
     Raises:
@@ -163,7 +164,7 @@ def operator(options: DaemonOptions) -> Iterator[OperatorServiceStub]:
 
 
 @contextmanager
-def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> Iterator[OperatorServiceStub]:
+def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> Iterator[OperatorStub]:
     """Open the operator service of a connection.
 
     Args:
@@ -179,11 +180,20 @@ def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> 
             f"the token in {connection.token_file} would cross the network to {connection.address} unencrypted; "
             "use an SSH tunnel to its loopback address, or TLS: --tls-ca FILE"
         )
-    with _channel(connection) as channel:
+    with ExitStack() as stack:
+        channels = {
+            each: grpc.intercept_channel(
+                stack.enter_context(_channel(replace(connection, address=each))),
+                _TokenInterceptor(connection.token, deadline),
+            )
+            for each in connection.address.split(",")
+        }
+        stub = OperatorStub(channels)
         try:
-            yield OperatorServiceStub(grpc.intercept_channel(channel, _TokenInterceptor(connection.token, deadline)))
+            yield stub
         except grpc.RpcError as error:
-            raise OperatorError(plain_words(error.code(), error.details() or "", connection)) from error
+            asked = replace(connection, address=stub.address)
+            raise OperatorError(plain_words(error.code(), error.details() or "", asked)) from error
 
 
 def _channel(connection: DaemonConnection) -> grpc.Channel:
@@ -334,7 +344,7 @@ def audit(stub: OperatorServiceStub, run: str, limit: int = 0) -> ListTransition
     )
 
 
-def resolve_run(stub: OperatorServiceStub, given: str) -> str:
+def resolve_run(stub: OperatorStub, given: str) -> str:
     """Find the full name of a run that is to be shown; a command that changes a run takes its name as it is given.
 
     Args:
@@ -348,7 +358,10 @@ def resolve_run(stub: OperatorServiceStub, given: str) -> str:
     # The others are named in the error alone; a daemon that has no run in memory may have some in its journal.
     for others in (ListRunsRequest(held_only=True), ListRunsRequest()):
         found = found or [run.run for run in stub.ListRuns(others).runs]
-    return match_run(given, found)
+    try:
+        return match_run(given, found)
+    except OperatorError as error:
+        raise OperatorError("; ".join(filter(None, (str(error), stub.missing)))) from None
 
 
 def match_run(given: str, names: Sequence[str]) -> str:

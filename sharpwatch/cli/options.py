@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from sharpwatch.cli.extras import needs_extra
-from sharpwatch.common.endpoint import parse_address
+from sharpwatch.common.endpoint import parse_address, parse_addresses
+from sharpwatch.common.shards import parse_shard
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -58,6 +59,15 @@ def address(**rules: bool) -> ParsedText:
         return text
 
     return ParsedText("address", parse)
+
+
+def _addresses(text: str) -> str:
+    parse_addresses(text)
+    return text
+
+
+def _shard(text: str) -> str:
+    return str(parse_shard(text))
 
 
 def whole_number(minimum: int, why: str = "") -> ParsedText:
@@ -138,6 +148,7 @@ def _stages(text: str) -> tuple[tuple[str, ...], ...]:
 
 
 COUNT = whole_number(0)
+SHARD = ParsedText("shard", _shard)
 SECONDS = ParsedText("seconds", _seconds)
 DURATION = ParsedText("duration", _duration)
 STEP_RANGE = ParsedText("steps", _step_range)
@@ -181,9 +192,10 @@ def _daemon_options() -> list[click.Parameter]:
     return [
         option(
             "--address",
-            type=address(),
+            type=ParsedText("address", _addresses),
             metavar="ADDRESS",
-            help="The daemon: HOST:PORT or unix:PATH. Default: $SHARPWATCH_ADDRESS, then 127.0.0.1:7741.",
+            help="The daemon: HOST:PORT or unix:PATH; with commas between them those of all shards. "
+            "Default: $SHARPWATCH_ADDRESS, then 127.0.0.1:7741.",
         ),
         option(
             "--token-file",

@@ -73,6 +73,21 @@ def parse_address(text: str, *, sockets: bool = True, listen: bool = False) -> A
     return Address(text)
 
 
+def parse_addresses(text: str) -> tuple[Address, ...]:
+    """Read the addresses of the daemons of all shards, in the order of these; most often there is one.
+
+    Args:
+        text: As of `parse_address`, with a comma between two of them.
+
+    Raises:
+        ValueError: One is no such address, or is there twice.
+    """
+    addresses = tuple(map(parse_address, text.split(","))) if isinstance(text, str) else (parse_address(text),)
+    if len(set(addresses)) < len(addresses):
+        raise ValueError(f"expected a different address for each shard, got {text!r}")
+    return addresses
+
+
 class Backoff:
     """Waits that double from `first` to `last` seconds.
 

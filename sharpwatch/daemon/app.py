@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from sharpwatch._version import __version__
 from sharpwatch.common.endpoint import without_password
+from sharpwatch.common.shards import every_run, parse_shard
 from sharpwatch.daemon.api.agent_service import AgentService, Sessions
 from sharpwatch.daemon.api.auth import Authorizer
 from sharpwatch.daemon.api.call_guard import CallGuard
@@ -33,6 +34,7 @@ from sharpwatch.daemon.estimation.estimator import Estimator
 from sharpwatch.daemon.exporter.metrics import Exposition, RunCollector
 from sharpwatch.daemon.exporter.own_metrics import OwnMetrics
 from sharpwatch.daemon.gate_webhook import GateWebhook
+from sharpwatch.daemon.held_shards import HeldShards
 from sharpwatch.daemon.ingest.hello import RunHello
 from sharpwatch.daemon.ingest.samples import SampleQueue
 from sharpwatch.daemon.logs import configure_logs
@@ -41,6 +43,7 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.rules import Rules, configure_runs
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Runs
+from sharpwatch.daemon.shard_keeper import ShardKeeper, run_of
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError, StoreError
@@ -82,12 +85,14 @@ async def _main(config: Config, reload: Callable[[], Config]) -> int:
     loop.add_signal_handler(signal.SIGHUP, rules.reload)
     async with serving(config, rules) as daemon:
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((stopping, daemon.worker), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((stopping, *daemon.workers), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        # Without its worker the daemon would take samples that nobody journals, so it ends and a supervisor sees it.
-        if daemon.worker.done():
-            log.critical("worker_failed", exc_info=daemon.worker.exception())
-            return 1
+        # Without its worker the daemon would take samples that nobody journals, and without its shards it would know
+        # what is out of date. So it ends and a supervisor sees it.
+        for worker in daemon.workers:
+            if worker.done():
+                log.critical("worker_failed", exc_info=worker.exception())
+                return 1
         log.info("stopping")
     log.info("stopped")
     return 0
@@ -95,11 +100,11 @@ async def _main(config: Config, reload: Callable[[], Config]) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Daemon:
-    """A running daemon: the addresses that it serves, the task of its pipeline, and whether its live runs are back."""
+    """A running daemon: its addresses, the tasks that must not end before it, and whether its live runs are back."""
 
     grpc: str
     http: str
-    worker: asyncio.Task[None]
+    workers: tuple[asyncio.Task[None], ...]
     restored: asyncio.Event
 
 
@@ -120,6 +125,8 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
     authorizer = Authorizer.of(settings)
     tls = None if settings.tls is None else ServerTls(settings.tls)
     registry = CollectorRegistry()
+    shards = HeldShards(parse_shard(settings.shard))
+    is_shared = shards.own.count > 1
     silences = Silences()
     gate = Gate(lambda made: asking.ask(made))  # noqa: PLW0108  defined below
     let_pass = gate.judge if config.gate.webhook else no_gate
@@ -135,8 +142,11 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             retain_samples=settings.retain_samples,
             retain_days=settings.retain_days,
             retain_bytes=settings.retain_bytes,
+            shard=shards.own,
+            holds=shards.holds,
         )
         stack.push_async_callback(store.close)
+        shards.add(shards.own.index)  # anew: another daemon may have had it until now
         estimator = Estimator(settings.device)
         stack.callback(estimator.close)
         queue = SampleQueue(
@@ -150,6 +160,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             queue_depth=lambda: queue.depth,
             queue_capacity=queue.capacity,
             certificate_seconds=None if tls is None else lambda: tls.seconds_left,
+            shards_held=[partial(shards.is_held, shard) for shard in range(shards.own.count)] if is_shared else (),
         )
         sessions = Sessions(metrics)
         exposition = Exposition(
@@ -169,8 +180,8 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             on_records=notifier.tell,
         )
         silences.restore(await store.silences())
-        notifier.restore(await store.notifications(), (), ())
-        loader = RunLoader(runs, store, pipeline)
+        notifier.restore([row for row in await store.notifications() if shards.holds(run_of(row))], (), ())
+        loader = RunLoader(runs, store, pipeline, shards)
         stack.push_async_callback(loader.close)
         alerts = ForeignAlerts(
             names=config.foreign_alerts,
@@ -219,6 +230,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             authorizer=authorizer,
             release=agents.release,
             info=info,
+            shards=shards,
         )
         server = GrpcServer(guard, tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
@@ -226,6 +238,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
         worker = asyncio.create_task(pipeline.run(), name="pipeline")
+        workers = [worker]
         beside = [
             asyncio.create_task(pipeline.watch_stalls(lambda: rules.config.detection), name="stalls"),
             asyncio.create_task(sessions.end_revoked(authorizer), name="revoked"),
@@ -233,11 +246,30 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             asyncio.create_task(asking.run(gate), name="gate"),
         ]
         log.info("serving", grpc=address, http=http, device=estimator.device, store=store.name, version=__version__)
-        since = time.time() - settings.stale_after
-        restoring = _restore(loader, runs, store, notifier, server, restored, since)
-        beside.append(asyncio.create_task(restoring, name="restore"))
+        restore = partial(_restore, loader, runs, store, notifier, settings.stale_after)
+
+        async def ready() -> None:
+            restored.set()
+            await server.be_ready()
+
+        beside.append(asyncio.create_task(restore(every_run, ready), name="restore"))
+        if is_shared:
+            keeper = ShardKeeper(
+                shards=shards,
+                store=store,
+                address=settings.advertise or address,
+                runs=runs,
+                loader=loader,
+                pipeline=pipeline,
+                sessions=sessions,
+                notifier=notifier,
+                silences=silences,
+                restore=restore,
+            )
+            workers.append(asyncio.create_task(keeper.run(), name="shards"))
+            beside.append(workers[-1])
         try:
-            yield Daemon(address, http, worker, restored)
+            yield Daemon(address, http, tuple(workers), restored)
         finally:
             for task in beside:
                 task.cancel()
@@ -255,37 +287,47 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             await server.stop(DRAIN_SECONDS)
 
 
-async def _restore(  # noqa: PLR0913, PLR0917  what a restart brings back, and who is told
+async def _restore(  # noqa: PLR0913, PLR0917  what comes back, and who is told
     loader: RunLoader,
     runs: Runs,
     store: Store,
     notifier: Notifier,
-    server: GrpcServer,
-    restored: asyncio.Event,
-    since: float,
+    live_for: float,
+    of: Callable[[str], bool],
+    ready: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Brings back the live runs while the daemon serves, and says so; then those that may be needed."""
+    """Brings back the live runs that this daemon has from now on, while it serves; then those that may be needed.
+
+    Args:
+        loader: Brings them back.
+        runs: Where they are then.
+        store: The journal.
+        notifier: Goes on with what the journal has of their notifications.
+        live_for: Seconds since a run was heard of.
+        of: Which of the runs that it holds are meant.
+        ready: Called once the live ones are back.
+    """
     began = time.monotonic()
     try:
-        rest = await loader.bring_back_live(since)
+        rest = await loader.bring_back_live(time.time() - live_for, of)
+        rows = [row for row in await store.notifications() if loader.holds(run_of(row)) and of(run_of(row))]
         # Of ended runs, too: the webhook may not know yet how it ended.
-        incidents, decisions = await store.ask(
-            partial(catalog.told, ids=[row.fingerprint for row in await store.notifications()])
-        )
+        incidents, decisions = await store.ask(partial(catalog.told, ids=[row.fingerprint for row in rows]))
+        mine = [run for run in runs if of(run.name)]
         kept = {each.id: each for each in incidents} | {
-            each.id: each for run in runs for each in run.controller.incidents
+            each.id: each for run in mine for each in run.controller.incidents
         }
         made = {each.id: each for each in decisions} | {
-            each.id: each for run in runs for each in run.controller.decisions
+            each.id: each for run in mine for each in run.controller.decisions
         }
         notifier.restore((), kept.values(), made.values())
     except StoreError as error:
         # Each run is asked for again by its trainer, and by whoever names it.
         log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
         return
-    restored.set()
-    await server.be_ready()
-    log.info("ready", runs=len(runs), seconds=round(time.monotonic() - began, 3))
+    if ready is not None:
+        await ready()
+    log.info("ready", runs=len(mine), seconds=round(time.monotonic() - began, 3))
     await loader.bring_back(rest)
 
 

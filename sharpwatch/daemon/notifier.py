@@ -112,6 +112,23 @@ class Notifier:
             [made for made in decisions if not is_settled(made) or made.id in self._began],
         )
 
+    async def leave(self, rows: Iterable[NotificationRow]) -> None:
+        """Leave notifications to another daemon, which goes on with them by what is journalled.
+
+        Args:
+            rows: The journalled ones.
+
+        Raises:
+            StoreError: What is not journalled yet can't be.
+        """
+        if not await self.keep():
+            raise StoreError("notifications can't be journalled")
+        for row in rows:
+            for known in (self._waiting, self._began, self._told):
+                known.pop(row.fingerprint, None)
+        if not self._waiting:
+            self._filled.clear()
+
     def _put(self, alert: dict[str, Any]) -> None:
         fingerprint, news = alert["fingerprint"], _news(alert)
         alert["startsAt"] = self._began.setdefault(fingerprint, alert["startsAt"])

@@ -37,7 +37,7 @@ from sharpwatch.daemon.storage.schema import (
     RequestRow,
     SampleRow,
 )
-from sharpwatch.errors import OperatorError, RevisionConflictError, StoreError
+from sharpwatch.errors import NotHeldError, OperatorError, RevisionConflictError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -94,6 +94,8 @@ class Pipeline:
         self._gathering = Gathering()
         self._stop = asyncio.Event()
         self._is_noted_full = False  # that nothing is folded any more: once for each outage
+        self._cycling = asyncio.Lock()  # a cycle is under way, or runs are let go of
+        self._cycled = asyncio.Event()
         self.store_error = ""
 
     async def run(self) -> None:
@@ -108,7 +110,9 @@ class Pipeline:
             if wait := self._gathering.wait(time.monotonic()):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), wait)
-            await self._cycle()
+            async with self._cycling:
+                await self._cycle()
+            self._cycled.set()
         self._retry_at = 0.0
         await self._cycle()
         for run in self._runs:
@@ -156,7 +160,8 @@ class Pipeline:
         """Has the states of some ended runs journalled, so that they are back at once when they are asked for."""
         before = time.time() - _SAVED_AFTER
         ended = (run for run in self._runs if run.phase != "running" and run.snapshot.last_seen_at < before)
-        rows = (row for run in ended if (row := run.state_row()) is not None)
+        # Others get a turn in between, and may have it let go of.
+        rows = (row for run in ended if self._runs.get(run.name) is run and (row := run.state_row()) is not None)
         for row in islice(rows, _SAVED_AT_ONCE):
             self._pending.baselines[row.run] = row
             self._queue.wake()
@@ -171,8 +176,11 @@ class Pipeline:
             row: The run's new mode or reference, or the request, where that is no decision.
 
         Raises:
+            NotHeldError: The run has left memory meanwhile, and the changes with it.
             StoreError: The journal fails. The changes are written, and their commands sent, once it works again.
         """
+        if self._runs.get(run.name) is not run:
+            raise NotHeldError(f"run {run.name} has just left memory, and nothing was changed; try again")
         self._record(run, changes)
         match row:
             case ModeRow():
@@ -266,6 +274,35 @@ class Pipeline:
             self._pending.drop(request.run)
             await self._store.forget(request.run, request)
         self._on_records(closed, ())
+
+    async def let_go(self, names: Collection[str]) -> None:
+        """Journals all that is known of some runs, and drops them: another daemon goes on with them.
+
+        Args:
+            names: Their names. They must not get samples any more.
+
+        Raises:
+            StoreError: The journal fails. They are still here.
+        """
+        while True:
+            async with self._cycling:  # for a sample is journalled before it is folded
+                if all(each.cursor.idle for name in names for each in self._runs.attempts(name)):
+                    break
+            if self.store_error:
+                raise StoreError(self.store_error)
+            self._cycled.clear()
+            await self._cycled.wait()
+        for name in names:
+            run = self._runs.get(name)
+            if run is not None:
+                self._save(run)
+            await asyncio.sleep(0)
+        await self._write(())
+        while any(map(self._pending.has, names)):  # an operator's call has come meanwhile
+            await self._write(())
+        for name in names:
+            self._runs.drop(name)
+            self._pending.drop(name)  # estimates that came during the write; samples can give them again
 
     async def restored(self, run: Run, changes: Sequence[Changes]) -> None:
         """Journals the changes that were found in replayed samples, and estimates the restored windows."""

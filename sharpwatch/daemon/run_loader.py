@@ -17,13 +17,14 @@ from typing import TypeVar
 import structlog
 from sqlalchemy import Connection
 
+from sharpwatch.daemon.held_shards import HeldShards
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.runs.restore import REPLAYED_SAMPLES, read_attempt, restore_run
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.daemon.storage.schema import RequestRow
-from sharpwatch.errors import NoRoomError, StoreError, WireError
+from sharpwatch.errors import NoRoomError, NotHeldError, StoreError, WireError
 
 log = structlog.get_logger(__name__)
 
@@ -55,13 +56,14 @@ class RunLoader:
         runs: The runs that the daemon holds.
         store: The journal.
         pipeline: Writes what the journal does not have yet, and takes up what was read.
+        shards: Says which runs are this daemon's; it gets no others.
     """
 
-    def __init__(self, runs: Runs, store: Store, pipeline: Pipeline) -> None:
+    def __init__(self, runs: Runs, store: Store, pipeline: Pipeline, shards: HeldShards) -> None:
         self._runs = runs
         self._store = store
         self._pipeline = pipeline
-        self._began_at, self._began_monotonic = time.time(), time.monotonic()
+        self._shards = shards
         self._loading: dict[str, asyncio.Task[Run | None]] = {}
         self._looked_for: set[str] = set()  # data orders and training jobs whose runs were looked for
 
@@ -70,17 +72,27 @@ class RunLoader:
 
         Raises:
             NoRoomError: As many runs as can be held are live.
+            NotHeldError: It is of a shard that another daemon holds.
             StoreError: The journal can't be read, or has what this version can't read.
         """
         run = self._runs.get(name)
         if run is not None or not name:
             return run
+        self._shards.check(name)
         # One for all who ask: a run that is loaded twice would be two.
         loading = self._loading.get(name)
         if loading is None:
             loading = self._loading[name] = asyncio.create_task(self._load(name), name=f"load {name}")
             loading.add_done_callback(lambda _: self._loading.pop(name, None))
         return await asyncio.shield(loading)
+
+    def check(self, name: str) -> None:
+        """Refuses a run of a shard that this daemon does not hold.
+
+        Raises:
+            NotHeldError: It is of such.
+        """
+        self._shards.check(name)
 
     async def find_attempt(self, run: str, identity: str) -> None:
         """Has an attempt of a run remembered that the journal has, so that it goes on where its samples have come to.
@@ -108,9 +120,19 @@ class RunLoader:
         """Returns what the journal answers to a question of `catalog`."""
         return await self._store.ask(question)
 
+    async def size(self, name: str) -> catalog.RunSize | None:
+        """Returns how much the journal has of a run; None for nothing.
+
+        Raises:
+            NotHeldError: It is of a shard that another daemon holds.
+            StoreError: The journal can't be read.
+        """
+        self._shards.check(name)
+        return await self.ask(partial(catalog.size, run=name))
+
     async def names(self, prefix: str) -> list[str]:
         """Returns the names of all runs that begin with `prefix`, sorted."""
-        found = await self.ask(partial(catalog.page, prefix=prefix, before=0, limit=_NAMED))
+        found = await self._page(prefix, 0, _NAMED)
         held = (run.name for run in self._runs if run.name.startswith(prefix))
         return sorted({*held, *(name for name, _ in found)})
 
@@ -122,13 +144,24 @@ class RunLoader:
             before: `RunPage.last` of the page before; 0 for the first page.
             limit: How many at most.
         """
-        found = await self.ask(partial(catalog.page, prefix=prefix, before=before, limit=limit))
+        found = await self._page(prefix, before, limit)
         names = dict(found)
         # A new run may not be written yet.
         held = [run for run in self._runs if run.name in names or (not before and self._pipeline.awaits_write(run))]
         others = names.keys() - {run.name for run in held}
         rest = await self.ask(partial(catalog.summaries, runs=others))
         return RunPage(held, rest, min(names.values()) if len(found) == limit else 0)
+
+    async def _page(self, prefix: str, before: int, limit: int) -> list[tuple[str, int]]:
+        """As `catalog.page`, of the runs whose shards this daemon holds."""
+        at_once = limit * self._shards.own.count
+        found: list[tuple[str, int]] = []
+        while True:
+            rows = await self.ask(partial(catalog.page, prefix=prefix, before=before, limit=at_once))
+            found += (row for row in rows if self._shards.holds(row[0]))
+            if len(found) >= limit or len(rows) < at_once:
+                return found[:limit]
+            before = rows[-1][1]
 
     async def decisions(self, prefix: str) -> list[tuple[str, str]]:
         """Returns the run and the id of each decision whose id begins with `prefix`; only that one if an id equals it.
@@ -146,17 +179,25 @@ class RunLoader:
         found = await self.ask(partial(catalog.incidents_that_begin, prefix=prefix, limit=_NAMED))
         return _chosen([*(each for each in held if each[1].startswith(prefix)), *found], prefix)
 
-    async def bring_back_live(self, since: float) -> list[str]:
-        """Brings back the live runs, at the daemon's start; others stay in the journal until they are asked for.
+    def holds(self, name: str) -> bool:
+        """Whether a run is of a shard that this daemon holds."""
+        return self._shards.holds(name)
+
+    async def bring_back_live(self, since: float, of: Callable[[str], bool]) -> list[str]:
+        """Brings back the live runs, when the daemon begins to hold them; others stay in the journal until asked for.
 
         Live is a run that was not closed, and was heard of after unix seconds `since` or has an open critical incident
         that nobody has acknowledged.
+
+        Args:
+            since: Unix seconds.
+            of: Which of the runs that it holds are meant.
 
         Returns:
             The names of runs to be brought back when there is time: they may be twins of a live one, or were closed
             after `since`.
         """
-        outlines = await self.ask(catalog.outlines)
+        outlines = await self.ask(partial(catalog.outlines, of=lambda name: self.holds(name) and of(name)))
         unseen = await self.ask(catalog.with_unseen_incidents)
         known = {each.run: each for each in sorted(outlines, key=lambda one: -one.seen_at)}
         recent = {name for name, one in known.items() if one.seen_at >= since}
@@ -171,7 +212,7 @@ class RunLoader:
         for name in names:
             try:
                 await self.get(name)
-            except (NoRoomError, StoreError) as error:
+            except (NoRoomError, NotHeldError, StoreError) as error:
                 log.error("run_not_restored", run=name, reason=str(error))  # noqa: TRY400  the message is the reason
             except Exception:  # an error in one run must not stop the others; counted
                 self._pipeline.count_internal_error("restore")
@@ -192,6 +233,11 @@ class RunLoader:
         open_ones = await self.ask(partial(catalog.open_incidents, run=request.run))
         await self._pipeline.forget(request, [replace(each, active=False, closed=_FORGOTTEN) for each in open_ones])
 
+    async def settled(self, holds: Callable[[str], bool]) -> None:
+        """Waits until none of some runs is being brought back any more."""
+        if loading := [task for name, task in self._loading.items() if holds(name)]:
+            await asyncio.wait(loading)
+
     async def close(self) -> None:
         """Ends what is being brought back."""
         for loading in list(self._loading.values()):
@@ -204,7 +250,8 @@ class RunLoader:
         shared = hello.data_order or hello.training_job
         if shared not in self._looked_for:
             self._looked_for.add(shared)
-            return await self.ask(partial(catalog.names_in_hellos, word=shared, limit=_TWINS))
+            found = await self.ask(partial(catalog.names_in_hellos, word=shared, limit=_TWINS))
+            return tuple(filter(self._shards.holds, found))
         return ()
 
     async def _load(self, name: str) -> Run | None:
@@ -225,6 +272,7 @@ class RunLoader:
         # are there.
         if reference is not None and not reference.losses and reference.name not in self._loading:
             await self.bring_back((reference.name,))
+        since = self._shards.check(name)  # it may have been handed over meanwhile
         run = self._runs.adopt(apart, name, time.time())
         if run is None:
             raise NoRoomError("the daemon holds as many live runs as it can")
@@ -232,8 +280,8 @@ class RunLoader:
         seen_at = {row.attempt: row.seen_at for row in stored.attempts}
         for attempt in self._runs.attempts(name):
             attempt.released = seen_at[attempt.hello.attempt] <= released_at
-        if stored.attempts[-1].seen_at < self._began_at and run.phase == "silent":
-            run.attempt.presence.await_return(self._began_monotonic)  # its trainer has noticed the restart
+        if stored.attempts[-1].seen_at < since.unix and run.phase == "silent":
+            run.attempt.presence.await_return(since.monotonic)  # its trainer has noticed the restart
         await self._pipeline.restored(run, changes)
         if self._runs.get(name) is run:
             self._pipeline.take_up(run)

@@ -291,7 +291,7 @@ async def test_a_connection_that_falls_silent_is_given_up(serve, monkeypatch):
     monkeypatch.setattr(courier, "SILENCE_SECONDS", 0.2)
     daemon = serve(silent, honest)
     inward, outward = os.pipe()
-    own = courier.Courier(Destination(daemon.address, "", None, 2**20, os.getpid()), TrainerWriter(outward))
+    own = courier.Courier(Destination((daemon.address,), "", None, 2**20, os.getpid()), TrainerWriter(outward))
     own._accept(agent_pb2.SessionRequest(hello=HELLO).SerializeToString())
     own._accept(request(1).SerializeToString())
     delivering = asyncio.create_task(own._deliver())
@@ -817,7 +817,7 @@ def test_with_closed_standard_streams_the_pipes_stay_clear_of_them(serve):
 client.close()
 for stream in range(3):
     os.close(stream)
-client = CourierHandle(address=client._destination.target)
+client = CourierHandle(address=client._destination.targets[0])
 client.send_hello(agent_pb2.Hello(run="run"))
 client.flush()
 ends = client._courier._from_courier.fileno(), client._courier._to_courier.fileno()

@@ -95,15 +95,16 @@ ALLOWED = {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs"),
     },
+    "daemon.held_shards": {"common"},
     "daemon.run_loader": {
         *("blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage", "daemon.detection"),
         *("daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs", "daemon.exporter"),
-        "daemon.pipeline",
+        *("daemon.held_shards", "daemon.pipeline"),
     },
     "daemon.api": {
         *("common", "blocks", "curvature.statistics", "daemon.records", "daemon.config", "daemon.storage"),
         *("daemon.detection", "daemon.decisions", "daemon.ingest", "daemon.estimation", "daemon.runs"),
-        *("daemon.exporter", "daemon.pipeline", "daemon.run_loader"),
+        *("daemon.exporter", "daemon.held_shards", "daemon.pipeline", "daemon.run_loader"),
     },
     "daemon": {"common", "blocks", "curvature.statistics", "daemon"},
     "replay": {
@@ -114,7 +115,8 @@ ALLOWED = {
     "cli.extras": set(),
     "cli.options": {"common", "cli.extras"},
     "cli.output": {"common"},
-    "cli.client": {"common", "cli.options", "cli.output"},
+    "cli.shards": {"common"},
+    "cli.client": {"common", "cli.options", "cli.output", "cli.shards"},
     "cli.dry_run": {"cli.options", "cli.output", "cli.client"},
     "cli.measure": {"common", "blocks", "curvature", "cli.extras", "cli.options", "cli.output"},
     "cli.commands": {

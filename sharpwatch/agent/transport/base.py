@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-from sharpwatch.common.endpoint import Address, parse_address
+from sharpwatch.common.endpoint import Address, parse_addresses
 from sharpwatch.common.tls import Tls, tls_variables
 from sharpwatch.common.token_file import read_token, token_path
 from sharpwatch.errors import AttachError, TokenFileError
@@ -98,7 +98,7 @@ class Destination:
     """What the courier is started with.
 
     Attributes:
-        target: The daemon's address.
+        targets: The addresses of the daemons, in the order of their shards; of one daemon for all runs, its own.
         token: The bearer token; empty for none, or for the one in `token_file`.
         tls: The PEM files; None to connect without TLS.
         spool_bytes: How many bytes of samples it keeps.
@@ -106,7 +106,7 @@ class Destination:
         token_file: A file with the token, read for each session anew; empty for none.
     """
 
-    target: str
+    targets: tuple[str, ...]
     token: str
     tls: Tls | None
     spool_bytes: int
@@ -121,18 +121,18 @@ class Destination:
     def from_json(cls, text: str) -> Destination:
         """Read what `to_json` returned."""
         values = json.loads(text)
-        tls = values.pop("tls")
-        return cls(tls=None if tls is None else Tls(**tls), **values)
+        tls, targets = values.pop("tls"), values.pop("targets")
+        return cls(targets=tuple(targets), tls=None if tls is None else Tls(**tls), **values)
 
 
-def parse_daemon_address(text: str) -> Address:
+def parse_daemon_addresses(text: str) -> tuple[Address, ...]:
     """Read the `address` given to `attach`.
 
     Raises:
-        AttachError: It is not a valid address.
+        AttachError: It is not a valid address, nor a list of such.
     """
     try:
-        return parse_address(text)
+        return parse_addresses(text)
     except ValueError as error:
         raise AttachError(f"address: {error}") from error
 
@@ -194,14 +194,15 @@ def find_token_file(token: str | None) -> str:
     return str(path)
 
 
-def check_secrecy(address: Address, *, has_token: bool, tls: Tls | None) -> None:
+def check_secrecy(addresses: Sequence[Address], *, has_token: bool, tls: Tls | None) -> None:
     """Refuse to send a token over a network unencrypted.
 
     Raises:
         AttachError: It would be; says what to do.
     """
-    if has_token and tls is None and not address.is_local:
+    remote = next((address for address in addresses if not address.is_local), None)
+    if has_token and tls is None and remote is not None:
         raise AttachError(
-            f"token: it would cross the network to {address} unencrypted; give tls={{'ca': PATH}} "
+            f"token: it would cross the network to {remote} unencrypted; give tls={{'ca': PATH}} "
             "(or $SHARPWATCH_TLS_CA), or use an SSH tunnel to the daemon's loopback address"
         )

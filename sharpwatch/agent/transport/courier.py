@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from sharpwatch.agent.transport.base import Destination
 from sharpwatch.agent.transport.courier_launcher import ENVIRONMENT, Unframer
 from sharpwatch.agent.transport.response_limits import MAX_RESPONSE_BYTES, too_long, within_limits
+from sharpwatch.agent.transport.route import Route
 from sharpwatch.agent.transport.spool import Spool
 from sharpwatch.agent.transport.trainer_writer import TrainerWriter
 from sharpwatch.common.endpoint import Backoff
@@ -85,10 +86,11 @@ class SessionOverError(Exception):
 
 
 class Courier:
-    """Delivers the samples of one trainer to one daemon."""
+    """Delivers the samples of one trainer to one daemon at a time."""
 
     def __init__(self, destination: Destination, to_trainer: TrainerWriter) -> None:
         self._destination = destination
+        self._route = Route(destination.targets)
         self._to_trainer = to_trainer
         self._spool = Spool(destination.spool_bytes)
         jitter = random.Random()  # noqa: S311 - not a secret
@@ -149,6 +151,7 @@ class Courier:
         request = agent_pb2.SessionRequest.FromString(payload)
         if request.HasField("hello"):
             self._hello = payload
+            self._route.of_run(request.hello.run)
         elif not self._spool.put(request.sample, payload):
             self._to_trainer.refuse(request.sample.sequence, "out_of_order")
         # Every sample that is given up is reported, so that the trainer counts it as lost.
@@ -185,7 +188,7 @@ class Courier:
     async def _try_session(self, hello: bytes) -> float:
         """Run one session, from its Hello to its end; returns the seconds to wait after it."""
         wait: float | None = None
-        refused = False
+        refused = is_open = False
         try:
             await self._session(hello)
             return self._backoff.next()
@@ -199,9 +202,13 @@ class Courier:
         except (TimeoutError, asyncio.InvalidStateError, OSError) as error:
             reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         finally:
-            self._open = False
-        _LOG.info("session ended: %s", reason)
+            is_open, self._open = self._open, False
+        _LOG.info("session with %s ended: %s", self._route.target, reason)
         self._to_trainer.disconnected(reason, refused=refused)
+        if is_open:
+            self._route.restart()
+        elif not refused and self._route.turned_away(reason):
+            wait = FIRST_WAIT_SECONDS
         return self._backoff.next() if wait is None else wait
 
     async def _session(self, hello: bytes) -> None:
@@ -225,9 +232,9 @@ class Courier:
 
     def _channel(self) -> grpc.aio.Channel:
         if self._destination.tls is None:
-            return grpc.aio.insecure_channel(self._destination.target, options=_OPTIONS)
+            return grpc.aio.insecure_channel(self._route.target, options=_OPTIONS)
         credentials = channel_credentials(self._destination.tls)
-        return grpc.aio.secure_channel(self._destination.target, credentials, options=_OPTIONS)
+        return grpc.aio.secure_channel(self._route.target, credentials, options=_OPTIONS)
 
     async def _await_welcome(self, call: Call) -> None:
         while True:

@@ -22,7 +22,7 @@ from sharpwatch.agent.transport.base import (
     Destination,
     check_secrecy,
     find_token_file,
-    parse_daemon_address,
+    parse_daemon_addresses,
     parse_tls,
     parse_token,
 )
@@ -35,7 +35,7 @@ from sharpwatch.agent.transport.courier_launcher import (
     frame,
 )
 from sharpwatch.agent.transport.spool import Spool, without_arrays
-from sharpwatch.common.endpoint import Address, Backoff
+from sharpwatch.common.endpoint import Backoff
 from sharpwatch.common.tls import Tls
 from sharpwatch.errors import WireError
 from sharpwatch.v1 import agent_pb2
@@ -61,7 +61,8 @@ class CourierHandle:
     then. Only the constructor raises, and only `close` blocks.
 
     Args:
-        address: The daemon's address: "HOST:PORT" or "unix:PATH".
+        address: The daemon's address, "HOST:PORT" or "unix:PATH"; of several daemons those of all shards, in order,
+            with commas between them.
         token: The daemon's bearer token, if it has one; None for the one in the file $SHARPWATCH_TOKEN_FILE.
         tls: PEM files by name: "ca", and "cert" with "key".
         pending_bytes: How many bytes of samples the trainer keeps for the courier.
@@ -74,16 +75,16 @@ class CourierHandle:
     def __init__(
         self,
         *,
-        address: str | Address,
+        address: str,
         token: str | None = None,
         tls: Mapping[str, str] | Tls | None = None,
         pending_bytes: int = PENDING_BYTES,
         spool_bytes: int = SPOOL_BYTES,
     ) -> None:
-        where = address if isinstance(address, Address) else parse_daemon_address(address)
+        where = parse_daemon_addresses(address)
         self._pid = os.getpid()
         self._destination = Destination(
-            target=where.target,
+            targets=tuple(each.target for each in where),
             token=parse_token(token),
             tls=tls if isinstance(tls, Tls) else parse_tls(tls),
             spool_bytes=spool_bytes,
@@ -98,7 +99,7 @@ class CourierHandle:
         # Written samples that did not fit in `pending_bytes`: they are lost if the courier dies with them.
         self._entrusted: OrderedDict[int, None] = OrderedDict()
         self._dropped: Counter[str] = Counter()
-        self._connection = Connection(where.target)
+        self._connection = Connection(",".join(self._destination.targets))
         self._refusals: set[str] = set()  # that were logged since the last session
         self._commands: list[agent_pb2.SessionResponse] = []
         self._restart = _Restart()

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
@@ -90,7 +90,8 @@ def _daemon_checks(options: DaemonOptions, environ: Mapping[str, str]) -> Iterat
         yield CheckResult("token file", "fail", str(error))
         return
     yield check_token(connection)
-    yield from check_daemon(connection)
+    for address in connection.address.split(","):
+        yield from check_daemon(replace(connection, address=address))
 
 
 def check_table(results: Sequence[CheckResult]) -> Grid:

@@ -112,17 +112,23 @@ def _set_all(options: DaemonOptions, mode: str, reason: str) -> None:
                     done.append(call.result().run)
                 except grpc.RpcError as error:
                     failed[name] = plain_words(error.code(), error.details() or "", connection)
-    payload = {"runs": [to_dict(run) for run in done], "failed": failed}
+        missing = stub.missing
+    payload = {"runs": [to_dict(run) for run in done], "failed": failed} | ({"missing": missing} if missing else {})
     lines = [_set_line(run) for run in done]
-    if lines or options.json or not failed:
+    if lines or options.json or not (failed or missing):
         print_answer(payload, "\n".join(lines) or "there is no run", as_json=options.json)
-    if failed:
-        raise OperatorError(f"mode {mode} not set for {len(failed)} of {len(names)} runs: {_by_reason(failed)}")
+    not_set = [f"mode {mode} not set for {len(failed)} of {len(names)} runs: {_by_reason(failed)}"] if failed else []
+    if missing:
+        not_set.append(f"mode {mode} not set for all runs: {missing}")
+    if not_set:
+        raise OperatorError("; ".join(not_set))
 
 
 def _preview_all(options: DaemonOptions, mode: str, reason: str) -> None:
     with operator(options) as stub:
         names = _all_runs(stub)
+        if stub.missing:
+            raise OperatorError(stub.missing)
     preview(options, [_request(name, mode, reason) for name in names])
 
 

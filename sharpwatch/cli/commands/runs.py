@@ -14,6 +14,7 @@ from sharpwatch.cli.client import all_runs, operator, resolve_run, run_argument
 from sharpwatch.cli.commands.incidents import culprit_of
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
+from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import (
     Block,
     GetRunRequest,
@@ -31,7 +32,10 @@ def jobs(options: DaemonOptions) -> None:
     """List the runs that the daemon knows, ended ones too, by training job."""
     with operator(options) as stub:
         runs = all_runs(stub)
+        missing = stub.missing
     print_answer({"runs": [output.to_dict(run) for run in runs]}, [run_table(runs, time.time())], as_json=options.json)
+    if missing:
+        raise OperatorError(missing)
 
 
 def run_table(runs: list[Run], now: float) -> Grid:

@@ -11,7 +11,7 @@ import click
 
 from sharpwatch.cli.commands.runs import override_words
 from sharpwatch.cli.extras import needs_extra
-from sharpwatch.cli.options import DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
+from sharpwatch.cli.options import SHARD, DaemonCommand, DaemonOptions, LocalCommand, address, whole_number
 from sharpwatch.cli.output import Grid, print_answer
 from sharpwatch.common.endpoint import without_password
 from sharpwatch.demo.recipe import FAULTS, MODELS, MODES, DemoOptions
@@ -33,6 +33,10 @@ _FILE = click.Path(path_type=Path)
     "--http", metavar="ADDRESS", type=address(sockets=False, listen=True), help="For metrics and health: HOST:PORT."
 )
 @click.option("--store", metavar="URL", help="The journal, such as sqlite:///sharpwatch.db.")
+@click.option(
+    "--shard", metavar="INDEX/COUNT", type=SHARD, help="Serve this part of the runs of a journal on PostgreSQL: 0/4."
+)
+@click.option("--advertise", metavar="ADDRESS", type=address(), help="Where agents reach it. Default: as --grpc.")
 @click.option("--log-level", type=click.Choice(_LOG_LEVELS), help="The least severity to log.")
 def serve(config: Path | None, **overrides: Any) -> int:
     """Run the daemon until SIGTERM or Ctrl-C.

@@ -19,7 +19,7 @@ from sharpwatch.cli.client import operator, resolve_run, run_argument
 from sharpwatch.cli.commands.runs import phase
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.errors import SharpwatchError
+from sharpwatch.errors import OperatorError, SharpwatchError
 from sharpwatch.v1.operator_pb2 import Alert, GetRunRequest, ListRunsRequest, Run, RunDetail
 
 _EVERY = 2.0  # seconds between two looks
@@ -29,11 +29,15 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The runs at one moment, those in trouble first; of `hidden` more only the number is known."""
+    """The runs at one moment, those in trouble first; of `hidden` more only the number is known.
+
+    `missing` says of which shards nothing is.
+    """
 
     details: Sequence[RunDetail]
     hidden: int
     now: float
+    missing: str = ""
 
 
 @click.command(cls=DaemonCommand, example="sharpwatch top\nsharpwatch top --once")
@@ -49,6 +53,8 @@ def top(options: DaemonOptions, run: str | None, once: bool) -> None:
         view = look(options, run, None)
         payload = {"runs": [output.to_dict(detail) for detail in view.details]}
         print_answer(payload, [table(view)], as_json=options.json)
+        if view.missing:
+            raise OperatorError(view.missing)
         return
     try:
         for shown in _views(options, run):
@@ -72,7 +78,8 @@ def look(options: DaemonOptions, run: str | None, most: int | None) -> View:
     with operator(options) as stub:
         names = [resolve_run(stub, run)] if run else _worst_first(stub.ListRuns(ListRunsRequest(held_only=True)).runs)
         details = [stub.GetRun(GetRunRequest(run=name)).detail for name in names[:most]]
-    return View(sorted(details, key=_trouble), len(names) - len(details), time.time())
+        missing = stub.missing
+    return View(sorted(details, key=_trouble), len(names) - len(details), time.time(), missing)
 
 
 def table(view: View, width: int | None = None) -> Grid:
@@ -224,7 +231,7 @@ def _is_gone(error: SharpwatchError) -> bool:
 def _screen(view: View, note: str) -> str:
     """The lines that the terminal has room for, each cut to its width."""
     size = shutil.get_terminal_size()
-    more = f"and {view.hidden} more; " if view.hidden else ""
+    more = (f"and {view.hidden} more; " if view.hidden else "") + (f"{view.missing}; " if view.missing else "")
     lines = [
         *output.plain([table(view, size.columns)]).splitlines()[: size.lines - _AROUND + 1],
         "",

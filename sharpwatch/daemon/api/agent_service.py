@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 import grpc
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from sharpwatch import wire
 from sharpwatch._version import __version__
+from sharpwatch.common.shards import every_run
 from sharpwatch.daemon.api.admission import Admission, RefusedError, client_of
 from sharpwatch.daemon.api.auth import Authorizer, Caller
 from sharpwatch.daemon.api.call_guard import SESSION, CallGuard
@@ -29,7 +30,7 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import Decision
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
-from sharpwatch.errors import NoRoomError, StoreError, WireError
+from sharpwatch.errors import NoRoomError, NotHeldError, StoreError, WireError
 from sharpwatch.v1 import agent_pb2
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,7 @@ class Session:
         self._end: SessionEndedError | None = None
         self._finished = self._at_once = False
         self._wake = asyncio.Event()
+        self.is_drained = False
 
     def acknowledge(self, sequence: int) -> None:
         """Sends that all samples up to `sequence` are journalled; replaces an acknowledgement that is not sent yet."""
@@ -182,12 +184,20 @@ class Sessions:
                     text = f"the token of {session.caller.name} is valid no more"
                     session.end(grpc.StatusCode.UNAUTHENTICATED, text)
 
-    def drain(self, reason: str, retry_after: float) -> None:
-        """Asks every agent to reconnect `retry_after` seconds later, and ends its session."""
+    def drain(self, reason: str, retry_after: float, of: Callable[[str], bool] = every_run) -> None:
+        """Asks agents to reconnect `retry_after` seconds later, and ends their sessions.
+
+        Args:
+            reason: Why.
+            retry_after: Seconds.
+            of: Whether it concerns a run. What its agent still sends is not taken, and so not acknowledged.
+        """
         response = agent_pb2.SessionResponse(drain=agent_pb2.Drain(reason=reason, retry_after_seconds=retry_after))
         for session in self._live.values():
-            session.send(response)
-            session.finish(at_once=True)
+            if of(session.attempt.hello.run):
+                session.is_drained = True
+                session.send(response)
+                session.finish(at_once=True)
 
 
 class AgentService:
@@ -294,7 +304,8 @@ class AgentService:
         session.attempt.presence.broke(time.monotonic())
         if session.attempt is run.attempt:
             # A run that sent its closing sample is closed, or will be once that is folded.
-            if run.phase == "running" and not session.attempt.said_farewell:
+            is_here = self._runs.get(run.name) is run  # else another daemon says what becomes of it
+            if is_here and run.phase == "running" and not session.attempt.said_farewell:
                 killed = session.attempt.presence.has_left
                 run.publish(phase="killed" if killed else "silent", last_seen_at=time.time())
                 if killed:
@@ -336,6 +347,9 @@ class AgentService:
             run = await self._loader.get(hello.run)
             # Of a new run, too: its attempt may be one of a run that is in the journal alone.
             await self._loader.find_attempt(hello.run, hello.attempt)
+            self._loader.check(hello.run)  # its shard may have been handed over meanwhile
+        except NotHeldError as error:
+            raise RefusedError("other_shard", grpc.StatusCode.UNAVAILABLE, str(error)) from error
         except NoRoomError as error:
             raise RefusedError("runs", grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except StoreError as error:
@@ -380,7 +394,7 @@ class AgentService:
         session.finish()
 
     def _take(self, message: bytes, session: Session) -> None:
-        if session.attempt.released:
+        if session.attempt.released or session.is_drained:
             return  # its session is about to end; a sample after the release would undo that at the next start
         received_at = time.monotonic()
         session.attempt.presence.heard(received_at)

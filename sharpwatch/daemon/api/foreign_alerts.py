@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +31,7 @@ from sharpwatch.daemon.records import NO_CHANGES, Changes, ForeignAlert
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage import catalog
-from sharpwatch.errors import NoRoomError, OperatorError, StoreError
+from sharpwatch.errors import NoRoomError, NotHeldError, OperatorError, StoreError
 
 log = structlog.get_logger(__name__)
 
@@ -195,11 +196,11 @@ class ForeignAlerts:
         if alert.name not in self._names and alert.status == "firing":
             return
         try:
-            if name := alert.labels.get("run", ""):
-                await self._loader.get(name)
-            elif alert.status == "resolved":
-                fires_on = partial(catalog.with_foreign_alert, fingerprint=alert.fingerprint)
-                for name in await self._loader.ask(fires_on):
+            names: Iterable[str] = (alert.labels.get("run", ""),)
+            if alert.status == "resolved" and not any(names):
+                names = await self._loader.ask(partial(catalog.with_foreign_alert, fingerprint=alert.fingerprint))
+            for name in names:
+                with suppress(NotHeldError):  # its own daemon gets the message as well
                     await self._loader.get(name)
         except (NoRoomError, StoreError) as error:
             raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error

@@ -19,7 +19,7 @@ from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Run, Runs
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.schema import ModeRow, ReferenceRow, RequestRow
-from sharpwatch.errors import NoRoomError, OperatorError, StoreError
+from sharpwatch.errors import NoRoomError, NotHeldError, OperatorError, StoreError
 from sharpwatch.wire import MAX_TEXT
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -109,6 +109,8 @@ class OperatorCalls:
         """What the loader answers; ends the call where it can't."""
         try:
             return await answer
+        except NotHeldError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except NoRoomError as error:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except StoreError as error:
@@ -222,6 +224,8 @@ class OperatorCalls:
     ) -> None:
         try:
             await self._pipeline.submit(run, changes, row)
+        except NotHeldError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except StoreError as error:
             made = ", ".join(made.id for made in changes.decisions) or "the change"
             await context.abort(

@@ -54,6 +54,7 @@ from sharpwatch.daemon.decisions.plan_rollout import PlanRollout
 from sharpwatch.daemon.decisions.run_controller import RunController, configured_mode
 from sharpwatch.daemon.decisions.transitions import UNDER_WAY, Event, is_settled
 from sharpwatch.daemon.detection.history import MAX_LOSSES, Losses
+from sharpwatch.daemon.held_shards import HeldShards
 from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.records import NO_CHANGES, Changes, Decision, LrPlan, Mode, Silence
 from sharpwatch.daemon.run_loader import RunLoader, RunPage
@@ -109,6 +110,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         authorizer: Tells operators from viewers.
         release: Gives the name of a run to the next trainer.
         info: Facts about the daemon.
+        shards: The shards that it holds.
     """
 
     def __init__(  # noqa: PLR0913  the parts that it connects
@@ -122,12 +124,14 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         authorizer: Authorizer,
         release: Callable[[Run], None],
         info: DaemonInfo,
+        shards: HeldShards,
     ) -> None:
         super().__init__(runs, loader, pipeline, authorizer)
         self._release = release
         self._silences = silences
         self._store = store
         self._info = info
+        self._shards = shards
         self._draining = False
 
     def configure(self, config: Config) -> None:
@@ -155,6 +159,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             store_error=self._pipeline.store_error,
             role=self._authorizer.caller_of(context).role,
             takes_dry_run=True,
+            shard=self._shards.own.index,
+            shards=self._shards.own.count,
+            shards_held=self._shards,
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -167,6 +174,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         return pb.ListRunsResponse(
             runs=sorted((*held, *others), key=lambda run: (run.training_job, run.run)),
             next_page_token=str(page.last) if page.last else "",
+            shards_held=self._shards,
         )
 
     async def _page(self, request: pb.ListRunsRequest, context: Context) -> RunPage:
@@ -544,7 +552,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         """Deletes all that there is of an ended run."""
         await self._authorize(request, context)
         # Not brought back from the journal for this: it may be one that this version can't read.
-        size = await self._look_up(self._loader.ask(partial(catalog.size, run=request.run)), context)
+        size = await self._look_up(self._loader.size(request.run), context)
         if size is None:
             names = await self._look_up(self._loader.names(request.run), context)
             await refuse_name(context, "run", request.run, names)

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from sharpwatch.blocks import BLOCKS
 from sharpwatch.common.credentials import Role
 from sharpwatch.common.endpoint import parse_address, without_password
+from sharpwatch.common.shards import parse_shard
 from sharpwatch.common.token_file import default_token_file
 from sharpwatch.common.yaml_schema import nearest
 from sharpwatch.daemon.records import DetectedAlert, DetectedCause, Incident, Mode, Severity
@@ -194,10 +195,15 @@ def _check_factor(factor: float) -> float:
     return factor
 
 
-def _check_address(*, sockets: bool) -> BeforeValidator:
+def _check_shard(text: str) -> str:
+    parse_shard(text)
+    return text
+
+
+def _check_address(*, sockets: bool, listen: bool = True) -> BeforeValidator:
     def validate(value: Any) -> Any:
         if isinstance(value, str):
-            parse_address(value, sockets=sockets, listen=True)
+            parse_address(value, sockets=sockets, listen=listen)
         return value
 
     return BeforeValidator(validate)
@@ -218,6 +224,10 @@ Blocks = Annotated[
 ]
 GrpcAddress = Annotated[str, Field(strict=True), _expecting("a string"), _check_address(sockets=True)]
 HttpAddress = Annotated[str, Field(strict=True), _expecting("a string"), _check_address(sockets=False)]
+AdvertisedAddress = Annotated[
+    str, Field(strict=True), _expecting("a string"), _check_address(sockets=True, listen=False)
+]
+ShardName = Annotated[str, Field(strict=True), _expecting("a string"), AfterValidator(_check_shard)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +277,9 @@ class DaemonConfig:
     layer_metrics: Flag = True
     reflection: Flag = False
     log_level: LogLevel = "info"
+    # Which part of the runs of a journal on PostgreSQL that several daemons share, and where agents reach this one.
+    shard: ShardName = "0/1"
+    advertise: AdvertisedAddress = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,13 @@ class Silences:
         self._all = {silence.id: silence for silence in silences}
         self._active = dict(self._all)
 
+    def follow(self, silences: Iterable[Silence]) -> None:
+        """Take up what other daemons have journalled; what this one has not journalled yet stays."""
+        for silence in silences:
+            known = self._all.get(silence.id)
+            if known is None or (silence.expired_at and not known.expired_at):
+                self.add(silence)
+
     def trial(self) -> Silences:
         """Returns silences like these, on which a request can be tried."""
         like = Silences()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -14,9 +14,18 @@ from sharpwatch._version import __version__
 
 # Why a session is not opened: the Hello is not valid, or of another's run; the run has a live trainer, or belongs to
 # somebody else although it has none; the client has too many runs, or all clients have; its token is for other jobs;
-# the journal, which may know the run, can't be read; the daemon ends.
+# the journal, which may know the run, can't be read; the run is of a shard that another daemon holds; the daemon ends.
 SessionRefusal = Literal[
-    "malformed", "wrong_run", "live_run", "held_run", "client_runs", "runs", "other_job", "store", "stopping"
+    "malformed",
+    "wrong_run",
+    "live_run",
+    "held_run",
+    "client_runs",
+    "runs",
+    "other_job",
+    "store",
+    "other_shard",
+    "stopping",
 ]
 # What becomes of an alert of another system: its incident begins, ends or is as it was; the configuration does not name
 # it, it names no run that is known, or too many fire on that.
@@ -37,6 +46,7 @@ class OwnMetrics:
         queue_depth: Callable[[], int],
         queue_capacity: int,
         certificate_seconds: Callable[[], float] | None = None,
+        shards_held: Sequence[Callable[[], bool]] = (),
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.received = Counter(
@@ -77,6 +87,15 @@ class OwnMetrics:
             "sharpwatch_store_writable", "1 while the journal takes writes, 0 while it fails.", registry=registry
         )
         self.store_writable.set(1)
+        if shards_held:
+            held = Gauge(
+                "sharpwatch_shard_held",
+                "1 for each shard whose runs this daemon serves, 0 for those of other daemons.",
+                ["shard"],
+                registry=registry,
+            )
+            for shard, is_held in enumerate(shards_held):
+                held.labels(str(shard)).set_function(is_held)
         self.notifications = Counter(
             "sharpwatch_notifications",
             "Messages to the webhook, by what became of them; of dropped ones, alerts.",

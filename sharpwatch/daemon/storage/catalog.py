@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Table, func, select, text
 
+from sharpwatch.common.shards import every_run
 from sharpwatch.daemon.records import Decision, Incident, LrPlan, Revision
 from sharpwatch.daemon.storage import tables
 from sharpwatch.daemon.storage.loading import stored_attempt
@@ -60,12 +61,16 @@ class RunSummary:
     revisions: tuple[Revision, ...]
 
 
-def outlines(connection: Connection) -> tuple[RunOutline, ...]:
-    """All runs, in the order in which their newest attempts began."""
-    of = tables.attempts.c
-    newest = select(func.max(of.id)).group_by(of.run)
-    rows = connection.execute(select(of.run, of.id, of.seen_at, of.closed).where(of.id.in_(newest)).order_by(of.id))
-    return tuple(RunOutline(run, position, seen_at, closed == CLOSED) for run, position, seen_at, closed in rows)
+def outlines(connection: Connection, of: Callable[[str], bool] = every_run) -> tuple[RunOutline, ...]:
+    """The runs whose names `of` is true of, in the order in which their newest attempts began."""
+    begun = tables.attempts.c
+    newest = select(func.max(begun.id)).group_by(begun.run)
+    query = select(begun.run, begun.id, begun.seen_at, begun.closed).where(begun.id.in_(newest)).order_by(begun.id)
+    return tuple(
+        RunOutline(run, position, seen_at, closed == CLOSED)
+        for run, position, seen_at, closed in connection.execute(query)
+        if of(run)
+    )
 
 
 def with_unseen_incidents(connection: Connection) -> frozenset[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,9 +21,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.pool import NullPool
 
 from sharpwatch.common.endpoint import without_password
+from sharpwatch.common.shards import WHOLE, Shard
+from sharpwatch.daemon.storage.loading import load_commits
 from sharpwatch.daemon.storage.schema import SCHEMA_VERSION
+from sharpwatch.daemon.storage.shards import ShardLocks, ShardRow
 from sharpwatch.daemon.storage.sqlite_file import (
-    APPLICATION_ID,
     Commits,
     LockedJournal,
     database_path,
@@ -32,14 +33,16 @@ from sharpwatch.daemon.storage.sqlite_file import (
     store_errors,
     stored_commits,
 )
-from sharpwatch.daemon.storage.tables import commits, metadata
-from sharpwatch.errors import JournalInUseError, StoreError
+from sharpwatch.daemon.storage.tables import metadata
+from sharpwatch.errors import StoreError
 
 POSTGRESQL = "postgresql+psycopg"
-_LOCK_SECONDS = 2.0  # to wait for the lock of a daemon that was killed or has just ended
-# Of the session: a dead server or network is noticed on both sides, so that the lock of a daemon that is gone is not
-# held for hours, and this one's writes fail and are tried again.
-_SESSION = "-c synchronous_commit=on -c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3"
+# Of the session: a dead server or network is noticed on both sides within 15 s, so that the lock of a daemon whose
+# machine is gone is free soon, and this one's writes fail and are tried again.
+_SESSION = (
+    "-c synchronous_commit=on -c tcp_keepalives_idle=6 -c tcp_keepalives_interval=3 -c tcp_keepalives_count=3 "
+    "-c tcp_user_timeout=15000"
+)
 _NETWORK = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -92,17 +95,20 @@ class Database(ABC):
         """Closes it, so that another daemon may open it."""
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, shard: Shard = WHOLE) -> Database:
     """Opens a database, or makes it, and brings it to the present schema.
 
     Args:
         url: `sqlite:///PATH`, or `postgresql+psycopg://USER@HOST/DATABASE`.
+        shard: The daemon's own shard.
 
     Raises:
-        StoreError: It can't be opened, is damaged, of a newer version or another program's.
+        StoreError: It can't be opened, is damaged, of a newer version or another program's; or a file was to be shared.
     """
     if url.startswith(f"{POSTGRESQL}:"):
-        return PostgresqlDatabase(url)
+        return PostgresqlDatabase(url, shard)
+    if shard.count > 1:
+        raise StoreError(f"shard {shard}: the daemons share a journal on {POSTGRESQL}://..., got store {url}")
     return SqliteDatabase(database_path(url).absolute())
 
 
@@ -152,9 +158,9 @@ class SqliteDatabase(Database):
         with self.transaction() as connection:
             if connection.exec_driver_sql("PRAGMA user_version").scalar_one() < SCHEMA_VERSION:
                 _upgrade(connection)
-            found = connection.execute(commits.select()).one()
+            found = load_commits(connection, WHOLE.index)
         self._marker = self._file.open_marker()
-        os.pwrite(self._marker, _marker_line(Commits(*found)), 0)
+        os.pwrite(self._marker, _marker_line(found), 0)
 
 
 def _marker_line(found: Commits) -> bytes:
@@ -179,11 +185,10 @@ def _engine_on(path: Path) -> Engine:
 class PostgresqlDatabase(Database):
     """A database, or a schema of one, on a PostgreSQL server.
 
-    A lock of the server's own keeps other daemons out. It belongs to the connection that writes, so that nothing is
-    written without it, and goes with that.
+    Locks of the server's own keep other daemons out, of all runs or of those of a shard.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, shard: Shard = WHOLE) -> None:
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError) as error:
@@ -193,19 +198,26 @@ class PostgresqlDatabase(Database):
         self.name = without_password(url)
         self._engine = self._make_engine(parsed)
         self._connection: Connection | None = None
+        self._locks = ShardLocks(self.name, shard)
+        self._entered = self._alone = False
         try:
             with self.transaction() as connection:
                 self._prepare(connection)
+            with self.errors():
+                connection = self.connection()
+                self._locks.claim(connection)
+                connection.commit()
+            self._entered = True
         except BaseException:
             self._drop()
             raise
 
     def connection(self) -> Connection:
-        """Returns the connection, a new one with a new lock if the server has ended the last."""
+        """Returns the connection, a new one with new locks if the server has ended the last."""
         if self._connection is None:
             self._connection = self._engine.connect()
             try:
-                self._lock(self._connection)
+                self._take_locks(self._connection)
             except BaseException:
                 self._drop()
                 raise
@@ -221,6 +233,34 @@ class PostgresqlDatabase(Database):
         except StoreError as error:
             if isinstance(error.__cause__, OperationalError | InterfaceError):
                 self._drop()
+            raise
+
+    def look(self, address: str) -> list[ShardRow]:
+        """Shows that this daemon lives and where, in `shards`; returns what that has."""
+        with self.transaction() as connection:
+            return self._locks.look(connection, address)
+
+    def take(self, shard: int, address: str) -> bool:
+        """Takes a shard, if no daemon holds it; returns whether this one does now."""
+        with self._moving(), self.transaction() as connection:
+            taken = self._locks.take(connection, shard, address)
+        if taken:
+            self._locks.held.add(shard)
+        return taken
+
+    def give(self, shard: int) -> None:
+        """Releases a shard."""
+        self._locks.held.discard(shard)
+        with self._moving(), self.transaction() as connection:
+            self._locks.give(connection, shard)
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """After an error nobody knows which locks this connection has; the next one takes those of `held`."""
+        try:
+            yield
+        except StoreError:
+            self._drop()
             raise
 
     def acknowledged(self, found: Commits) -> None:
@@ -243,18 +283,13 @@ class PostgresqlDatabase(Database):
                 "run: pip install 'sharpwatch[postgresql]'"
             ) from error
 
-    def _lock(self, connection: Connection) -> None:
+    def _take_locks(self, connection: Connection) -> None:
         connection.exec_driver_sql("SET client_encoding TO 'UTF8'")
-        # By the schema, since one database may have several journals.
-        trying = f"SELECT pg_try_advisory_lock({APPLICATION_ID}, hashtext(current_schema()))"
-        # The server may not have noticed yet that the daemon that had it is gone.
-        until = time.monotonic() + _LOCK_SECONDS
-        while not (taken := connection.exec_driver_sql(trying).scalar_one()) and time.monotonic() < until:
-            connection.commit()
-            time.sleep(_LOCK_SECONDS / 40)
+        if self._entered:
+            self._locks.resume(connection)
+        else:
+            self._alone = self._locks.enter(connection)
         connection.commit()
-        if not taken:
-            raise JournalInUseError(f"journal {self.name}: another daemon is using it")
         _without_nul(connection)
 
     def _prepare(self, connection: Connection) -> None:
@@ -274,6 +309,11 @@ class PostgresqlDatabase(Database):
             raise StoreError(
                 f"journal {self.name}: cannot read schema version {version}, which a newer sharpwatch wrote; "
                 f"this version reads up to {SCHEMA_VERSION}"
+            )
+        if version < SCHEMA_VERSION and not self._alone:
+            raise StoreError(
+                f"journal {self.name}: daemons of an earlier version share it; stop all of them before the first of "
+                "this one starts"
             )
         if version < SCHEMA_VERSION:
             _upgrade(connection)

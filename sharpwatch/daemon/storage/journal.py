@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     Connection,
@@ -24,10 +24,11 @@ from sqlalchemy import (
     union_all,
 )
 
+from sharpwatch.common.shards import WHOLE, Shard, every_run
 from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Revision, Silence
 from sharpwatch.daemon.storage import tables
-from sharpwatch.daemon.storage.database import open_database
+from sharpwatch.daemon.storage.database import PostgresqlDatabase, open_database
 from sharpwatch.daemon.storage.loading import known, load_commits, load_run, load_silences, newest_rows
 from sharpwatch.daemon.storage.records_json import record_of, revision_of
 from sharpwatch.daemon.storage.retention import Growth, Limits, Retention
@@ -43,6 +44,7 @@ from sharpwatch.daemon.storage.schema import (
     StoredRun,
     TransitionRow,
 )
+from sharpwatch.daemon.storage.shards import ShardRow
 from sharpwatch.daemon.storage.statements import Row, compiled_writes
 from sharpwatch.errors import RevisionConflictError, StoreError
 
@@ -83,13 +85,23 @@ class Journal:
         retain_samples: How many of its newest samples are kept of each run.
         retain_days: For how many days samples are kept; None for no limit.
         retain_bytes: How many bytes of samples are kept of each run; None for no limit.
+        shard: The daemon's own shard of the runs; others are taken with `take`.
+        holds: Whether a run is of a shard that the daemon holds: retention leaves others alone.
     """
 
-    def __init__(
-        self, url: str, *, retain_samples: int, retain_days: float | None = None, retain_bytes: int | None = None
+    def __init__(  # noqa: PLR0913  what is kept of which runs
+        self,
+        url: str,
+        *,
+        retain_samples: int,
+        retain_days: float | None = None,
+        retain_bytes: int | None = None,
+        shard: Shard = WHOLE,
+        holds: Callable[[str], bool] = every_run,
     ) -> None:
-        self._retention = Retention(Limits(retain_samples, retain_days, retain_bytes))
-        self._database = open_database(url)
+        self._retention = Retention(Limits(retain_samples, retain_days, retain_bytes), holds)
+        self._shard = shard.index
+        self._database = open_database(url, shard)
         self.name = self._database.name
         # The rows of a commit that is under way. If the connection is lost then, nobody knows whether it was made.
         self._uncertain: tuple[object, ...] | None = None
@@ -98,7 +110,7 @@ class Journal:
         try:
             with self._reading() as connection:
                 self._writes = compiled_writes(connection.dialect)
-                self._commits = load_commits(connection)
+                self._commits = load_commits(connection, self._shard)
         except BaseException:
             self._database.close()
             raise
@@ -236,6 +248,26 @@ class Journal:
             new = [{**_row(row), "waits": int(row.waits)} for row in rows.values() if row is not None]
             self._run(connection, "notifications", new)
 
+    def look(self, address: str) -> list[ShardRow]:
+        """Shows the other daemons of a shared journal that this one lives, and where agents reach it.
+
+        Returns:
+            What the database says of all shards.
+        """
+        return self._shared.look(address)
+
+    def take(self, shard: int, address: str) -> bool:
+        """Takes a shard of a shared journal, if no daemon holds it; returns whether this one does now."""
+        return self._shared.take(shard, address)
+
+    def give(self, shard: int) -> None:
+        """Releases a shard, all of whose runs' records are written, to the next daemon that asks."""
+        self._shared.give(shard)
+
+    @property
+    def _shared(self) -> PostgresqlDatabase:
+        return cast("PostgresqlDatabase", self._database)  # no other can be opened for a shard
+
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         with self._database.transaction() as connection:
@@ -251,7 +283,7 @@ class Journal:
         with self._database.transaction() as connection:
             self._resume(connection)
             before = self._commits.number
-            if self._run(connection, "commit", [{"before": before, "after": before + 1}]) != 1:
+            if self._run(connection, "commit", [{"of": self._shard, "before": before, "after": before + 1}]) != 1:
                 raise StoreError(f"journal {self.name}: another daemon has written to it meanwhile; restart this one")
             yield connection
             self._uncertain = rows
@@ -264,7 +296,7 @@ class Journal:
         """After a lost connection, finds out whether the commit that was under way then was made."""
         uncertain, self._uncertain = self._uncertain, None
         if self._session != self._database.session:
-            found = load_commits(connection)
+            found = load_commits(connection, self._shard)
             if uncertain is not None and found == replace(self._commits, number=self._commits.number + 1):
                 self._commits = found
                 self._written.update((id(row), row) for row in uncertain)
@@ -405,8 +437,15 @@ class Store:
         self._thread = thread
 
     @classmethod
-    async def open(
-        cls, url: str, *, retain_samples: int, retain_days: float | None = None, retain_bytes: int | None = None
+    async def open(  # noqa: PLR0913  as of `Journal`
+        cls,
+        url: str,
+        *,
+        retain_samples: int,
+        retain_days: float | None = None,
+        retain_bytes: int | None = None,
+        shard: Shard = WHOLE,
+        holds: Callable[[str], bool] = every_run,
     ) -> Store:
         """Opens a journal, or creates it, for this process alone.
 
@@ -415,6 +454,8 @@ class Store:
             retain_samples: How many of its newest samples are kept of each run.
             retain_days: For how many days samples are kept; None for no limit.
             retain_bytes: How many bytes of samples are kept of each run; None for no limit.
+            shard: As of `Journal`.
+            holds: As of `Journal`.
 
         Raises:
             StoreError: It can't be opened, is of a newer version, or another daemon is using it.
@@ -422,7 +463,13 @@ class Store:
         # One thread: a journal is for one thread at a time, and writes stay in the order in which they were asked for.
         thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         opening = partial(
-            Journal, url, retain_samples=retain_samples, retain_days=retain_days, retain_bytes=retain_bytes
+            Journal,
+            url,
+            retain_samples=retain_samples,
+            retain_days=retain_days,
+            retain_bytes=retain_bytes,
+            shard=shard,
+            holds=holds,
         )
         try:
             journal = await asyncio.get_running_loop().run_in_executor(thread, opening)
@@ -483,6 +530,18 @@ class Store:
         while await self._call(partial(self._journal.forget_samples, run, _FORGOTTEN_AT_ONCE)):
             pass
         await self._call(partial(self._journal.forget, run, request))
+
+    async def look(self, address: str) -> list[ShardRow]:
+        """Shows the other daemons of a shared journal that this one lives; returns what they say of theirs."""
+        return await self._call(partial(self._journal.look, address))
+
+    async def take(self, shard: int, address: str) -> bool:
+        """Takes a shard of a shared journal, if no daemon holds it; returns whether this one does now."""
+        return await self._call(partial(self._journal.take, shard, address))
+
+    async def give(self, shard: int) -> None:
+        """Releases a shard, all of whose runs' records are written, to the next daemon that asks."""
+        await self._call(partial(self._journal.give, shard))
 
     async def close(self) -> None:
         """Closes the journal after the writes in progress."""

@@ -36,9 +36,10 @@ def newest_rows(table: Table, limit: int, *where: Any) -> Select[Any]:
     return select(newest).order_by(newest.c.id)
 
 
-def load_commits(connection: Connection) -> Commits:
-    """Returns which journal it is, and how many commits it has."""
-    return Commits(*connection.execute(select(tables.commits)).one())
+def load_commits(connection: Connection, shard: int) -> Commits:
+    """Returns which journal it is, and how many commits it has by the daemon whose own shard is `shard`."""
+    of = tables.commits.c
+    return Commits(*connection.execute(select(of.journal, of.number).where(of.shard == shard)).one())
 
 
 def load_silences(connection: Connection) -> tuple[Silence, ...]:

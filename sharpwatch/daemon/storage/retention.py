@@ -7,11 +7,13 @@ its newest id, when that came, and the bytes. So nothing is read of the samples 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 from sqlalchemy import Connection, delete, func, insert, select
 
+from sharpwatch.common.shards import every_run
 from sharpwatch.daemon.storage import tables
 
 _SMALLEST, _LARGEST = 100, 500  # samples of a segment
@@ -59,10 +61,12 @@ class Retention:
 
     Args:
         limits: What is kept.
+        holds: Whether a run is this daemon's. Others write and trim those of theirs.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, holds: Callable[[str], bool] = every_run) -> None:
         self._limits = limits
+        self._holds = holds
         self._segment = min(max(limits.samples // 20, _SMALLEST), _LARGEST)
         self._samples: Counter[str] = Counter()  # by run, since its last trim
         self._estimates: Counter[str] = Counter()
@@ -151,7 +155,7 @@ class Retention:
         """Drops samples that are too old, also of runs that no longer grow, and estimates of runs without samples."""
         ended = 0
         for run in connection.execute(select(tables.attempts.c.run).distinct()).scalars().all():
-            if run not in self._growing:
+            if run not in self._growing and self._holds(run):
                 ended += self._end_segments(connection, run, now, whole=False)
             if ended >= _ENDED_AT_ONCE:  # only after an upgrade; the others are next
                 self._next_look = now
@@ -160,7 +164,8 @@ class Retention:
         oldest = select(_segments.run, _segments.last_id).where(
             _segments.received_at < now - _DAY * (self._limits.days or 0)
         )
-        found = connection.execute(oldest.order_by(_segments.received_at).limit(_AT_ONCE)).all()
+        rows = connection.execute(oldest.order_by(_segments.received_at))
+        found = list(islice(((run, last) for run, last in rows if self._holds(run)), _AT_ONCE))
         for run, last in found:
             _drop(connection, run, last)
             if connection.execute(select(_samples.id).where(_samples.run == run).limit(1)).first() is None:

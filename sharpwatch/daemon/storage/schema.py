@@ -77,7 +77,7 @@ CREATE INDEX requests_by_run ON requests (run, at);
 """
 # The versions before 10, which `migrations` brings up to date: a journal of version n has the first n.
 SCHEMAS = (_TABLES, _TRANSITIONS, _RESIDUALS, _BASELINES, _REFERENCES, _SILENCES, _PLANS, _NOTIFICATIONS, _REQUESTS)
-SCHEMA_VERSION = 10
+SCHEMA_VERSION = 11
 COUNTED = 10  # the first version that counts commits, and has sharpwatch's application id
 # How an attempt ended, in `attempts.closed`; 0 while that is not known. Earlier versions take the second for the first.
 CLOSED, KILLED = 1, 2

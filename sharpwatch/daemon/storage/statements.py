@@ -87,7 +87,7 @@ def _writes(dialect: Dialect) -> dict[str, UpdateBase]:
     fingerprint = tables.notifications.c.fingerprint
     return {
         "commit": update(tables.commits)
-        .where(tables.commits.c.number == bindparam("before"))
+        .where(tables.commits.c.shard == bindparam("of"), tables.commits.c.number == bindparam("before"))
         .values(number=bindparam("after")),
         "attempts": _once(dialect, tables.attempts, "attempt"),
         # A sample may come twice: journalled, but sent again because the acknowledgement was lost.

@@ -200,8 +200,21 @@ requests = Table(
 )
 # The runs that the present transaction deletes: only from these do the constraints let it delete.
 forgetting = Table("forgetting", metadata, _text("run", key=True))
-# One row: which journal this is, and how many commits it has.
-commits = Table("commits", metadata, _text("journal"), _whole("number"))
+# Which journal this is, and how many commits it has: a row for each shard whose own daemon has written to it.
+commits = Table(
+    "commits", metadata, _text("journal"), _whole("number"), Column("shard", _Whole, nullable=False, server_default="0")
+)
+# The shards of a journal on PostgreSQL that several daemons share; none where one daemon has it all. `storage.shards`
+# says what the columns mean.
+shards = Table(
+    "shards",
+    metadata,
+    Column("shard", _Whole, primary_key=True, autoincrement=False),
+    _text("holder"),
+    _text("address"),
+    _whole("beats"),
+    _text("wanted"),
+)
 # Samples of a run that came one after the other: up to which id, when the newest came, and how many bytes they have.
 segments = Table(
     "segments",

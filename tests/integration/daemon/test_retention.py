@@ -214,7 +214,7 @@ def test_a_run_that_is_forgotten_leaves_nothing_and_others_are_as_they_were(url)
         journal.write(*everything("gone"))
         journal.keep_notifications({"gone": told["gone"]})
         grown = contents(url)
-        assert {name for name in grown if grown[name] == before[name]} == {"forgetting"}
+        assert {name for name in grown if grown[name] == before[name]} == {"forgetting", "shards"}
         journal.forget("gone", FORGET)
         assert contents(url) == before
         assert [one.run for one in journal.ask(catalog.outlines)] == ["kept"]

@@ -44,9 +44,9 @@ async def test_agents_are_taken_while_other_runs_are_brought_back(running, build
     go_on = asyncio.Event()
     bring_back = run_loader.RunLoader.bring_back_live
 
-    async def held_up(loader, since):
+    async def held_up(loader, since, of):
         await go_on.wait()
-        return await bring_back(loader, since)
+        return await bring_back(loader, since, of)
 
     monkeypatch.setattr(run_loader.RunLoader, "bring_back_live", held_up)
     async with running(wait=False) as daemon:

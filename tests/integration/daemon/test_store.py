@@ -24,6 +24,7 @@ from sharpwatch.curvature.statistics.estimate import Estimate
 from sharpwatch.daemon.records import Checkpoint, Decision, LrPlan, Revision, RollbackPlan, Silence
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Journal
+from sharpwatch.daemon.storage.migrations import upgrade
 from sharpwatch.daemon.storage.schema import (
     SCHEMA_VERSION,
     SCHEMAS,
@@ -247,8 +248,11 @@ def old_journal(path: Path, version: int) -> None:
             "INSERT INTO estimates (run, quantity, block, estimator, step, value, stderr, draws) "
             "VALUES ('run', 'trace', 'qk', 'gnb', 7, 2.0, 0.5, 4)"
         )
-        old.execute(f"PRAGMA user_version={version}")
+        old.execute(f"PRAGMA user_version={min(version, len(SCHEMAS))}")
         old.commit()
+    if version > len(SCHEMAS):
+        with beside(f"sqlite:///{path}") as connection:
+            upgrade(connection, f"{version:04d}")
 
 
 @pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))

@@ -160,7 +160,7 @@ def test_the_run_is_named_after_the_job_without_touching_the_global_source(model
 def test_the_address_comes_from_the_argument_the_environment_or_the_default(model, optimizer, monkeypatch):
     def target(**options):
         with sharpwatch.attach(model, optimizer, training_job="job", **options) as watch:
-            return watch._watched.transport._destination.target
+            return watch._watched.transport._destination.targets[0]
 
     assert target() == "127.0.0.1:7741"
     monkeypatch.setenv("SHARPWATCH_ADDRESS", "watch.example:99")

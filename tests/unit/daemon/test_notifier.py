@@ -240,6 +240,28 @@ async def test_what_goes_on_is_told_again_after_a_restart_and_began_when_it_did(
     assert [after[alert["fingerprint"]]["startsAt"] for alert in before] == [alert["startsAt"] for alert in before]
 
 
+async def test_what_is_left_to_another_daemon_is_told_by_that_one_alone(monkeypatch):
+    monkeypatch.setattr(notifier, "_FIRST_RETRY", 0.01)
+    kept = Kept()
+    async with notifying(kept) as (webhook, first, _):
+        webhook.answers = [500] * 10_000
+        first.tell([PAGE], [PROPOSAL])
+        began = {alert["fingerprint"]: alert["startsAt"] for alert in await webhook.alerts()}
+        kept.failing = True
+        first.tell([replace(PAGE, blocks=("ffn",))], [])
+        with pytest.raises(StoreError, match="notifications can't be journalled"):
+            await first.leave(())
+        kept.failing = False
+        await first.leave([row for row in kept.values() if row.fingerprint == "i1"])
+        async with notifying(kept) as (other, second, _):
+            second.restore([row for row in kept.values() if row.fingerprint == "i1"], [], [])
+            (told,) = await other.alerts()
+            assert (told["fingerprint"], told["startsAt"]) == ("i1", began["i1"])
+        while len(alerts := await webhook.alerts()) > 1:
+            pass  # tried before it was left
+        assert [alert["fingerprint"] for alert in alerts] == ["d1"]
+
+
 async def test_a_journal_that_takes_no_writes_holds_up_no_message_and_loses_nothing():
     kept = Kept()
     kept.failing = True

@@ -15,14 +15,15 @@ from sqlalchemy import Connection
 VERSION_TABLE = "sharpwatch_version"
 
 
-def upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection, to: str = "head") -> None:
     """Brings a database to the present schema.
 
     Args:
         connection: Its connection. All is done in the transaction that is under way on it, so that a daemon killed in
             the middle leaves the older schema whole.
+        to: The revision; the present schema's by default.
     """
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, to)

@@ -6,7 +6,7 @@ from sharpwatch.agent.transport.base import (
     Destination,
     check_secrecy,
     find_token_file,
-    parse_daemon_address,
+    parse_daemon_addresses,
     parse_tls,
     parse_token,
 )
@@ -17,7 +17,7 @@ from sharpwatch.errors import AttachError
 
 def test_an_address_that_is_none_is_an_error_of_attach():
     with pytest.raises(AttachError, match=r"^address: expected HOST:PORT or unix:PATH, .*, got 'localhost'$"):
-        parse_daemon_address("localhost")
+        parse_daemon_addresses("localhost")
 
 
 def test_tls_names_what_is_wrong():
@@ -39,9 +39,9 @@ def test_a_token_goes_into_a_header_and_never_into_an_error():
 
 
 def test_a_destination_survives_the_environment():
-    destination = Destination("unix:/a b", "t", Tls(ca="/ca", cert=None, key=None), 7, 8)
+    destination = Destination(("unix:/a b",), "t", Tls(ca="/ca", cert=None, key=None), 7, 8)
     assert Destination.from_json(destination.to_json()) == destination
-    plain = Destination("h:1", "", None, 7, 8)
+    plain = Destination(("h:1", "h:2"), "", None, 7, 8)
     assert Destination.from_json(plain.to_json()) == plain
 
 
@@ -49,16 +49,16 @@ def test_a_destination_survives_the_environment():
 def test_a_token_never_crosses_the_network_in_the_clear(address):
     reason = rf"token: it would cross the network to {address} unencrypted; give tls=.*, or use an SSH tunnel"
     with pytest.raises(AttachError, match=reason):
-        check_secrecy(parse_daemon_address(address), has_token=True, tls=None)
+        check_secrecy(parse_daemon_addresses(address), has_token=True, tls=None)
     with pytest.raises(AttachError, match=reason):
         CourierHandle(address=address, token="s3cret")  # noqa: S106 - not a secret
-    check_secrecy(parse_daemon_address(address), has_token=True, tls=Tls())
-    check_secrecy(parse_daemon_address(address), has_token=False, tls=None)
+    check_secrecy(parse_daemon_addresses(address), has_token=True, tls=Tls())
+    check_secrecy(parse_daemon_addresses(address), has_token=False, tls=None)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:7741", "[::1]:7741", "localhost:7741", "unix:/run/s.sock"])
 def test_a_token_may_go_to_this_machine(address):
-    check_secrecy(parse_daemon_address(address), has_token=True, tls=None)
+    check_secrecy(parse_daemon_addresses(address), has_token=True, tls=None)
 
 
 def test_the_token_is_in_the_file_that_the_environment_names(tmp_path, monkeypatch):

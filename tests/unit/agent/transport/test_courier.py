@@ -16,7 +16,7 @@ async def test_a_delivery_that_fails_on_something_unforeseen_ends_the_courier(mo
     monkeypatch.setattr(signal, "alarm", lambda _: 0)  # the real one would end the test's own process
     monkeypatch.setattr(Courier, "_session", broken)
     inward, outward = os.pipe()
-    courier = Courier(Destination("127.0.0.1:1", "", None, 2**20, os.getpid()), TrainerWriter(outward))
+    courier = Courier(Destination(("127.0.0.1:1",), "", None, 2**20, os.getpid()), TrainerWriter(outward))
     trainer = asyncio.StreamReader()
     trainer.feed_data(frame(agent_pb2.SessionRequest(hello=agent_pb2.Hello(run="run")).SerializeToString()))
     await asyncio.wait_for(courier.run(trainer), timeout=30)  # the trainer's side never ended

@@ -95,6 +95,17 @@ def test_journalled_silences_hold_again():
     assert len(list(held)) == 2
 
 
+def test_silences_of_other_daemons_are_followed_and_an_end_of_ones_own_is_not_undone():
+    mine, other = silences(SILENCE), replace(SILENCE, id="s2")
+    mine.follow((SILENCE, other))
+    assert [each.id for each in mine.active(START + 1)] == ["s1", "s2"]
+    mine.expire("s1", "ann", "done", START + 2)
+    mine.follow((SILENCE, other))  # the journal does not have it yet
+    assert [each.id for each in mine.active(START + 3)] == ["s2"]
+    mine.follow((replace(other, expired_at=START + 4, expired_by="bob"),))
+    assert mine.active(START + 5) == ()
+
+
 def test_a_silenced_policy_refuses_once_and_acts_once_the_silence_has_ended():
     held = silences(replace(SILENCE, ends_at=START + 15.0))  # step 150
     notify = PolicyConfig("tell", MatchConfig("NonFinite"), "enforce", ActionConfig("notify"))
