@@ -1,12 +1,14 @@
-"""What the daemon takes: python -m benchmarks.load [growth|tilt] ...
+"""What the daemon takes: python -m benchmarks.load [growth|tilt|place] ...
 
     python -m benchmarks.load growth --runs 10 100 1000 --out growth.jsonl --plot growth.svg
     python -m benchmarks.load tilt --rounds 5 --out tilt.jsonl
+    python -m benchmarks.load place --runs 100000 --shards 256
 
 `growth`: agents that send a sample a second, with a `gnb` probe at every tenth, while `/metrics` is scraped every 15 s;
 beside each size the same agents on a bare gRPC server, whose latencies are those of agents, network and gRPC alone.
 `tilt`: as fast as acknowledgements allow, taps alone and `gnb` probes alone, the daemon and the bare server in turn;
 the ratio is that of bytes a second of processor time. Both print a table; lines of JSON go to `--out`.
+`place`: how runs fall on the shards of several daemons, and what each carries by what `growth` measured of one run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load.place import place
 from benchmarks.load.servers import ROOT, Server, bare, daemon, latency, load
 
 _SCRAPE_EVERY = 15.0
@@ -219,10 +222,18 @@ def main(arguments: Sequence[str]) -> int:
             one.add_argument("--rounds", type=int, default=5)
             one.add_argument("--warm", type=float, default=3.0)
             one.add_argument("--seconds", type=float, default=10.0)
+    one = what.add_parser("place")
+    one.add_argument("--runs", type=int, default=100_000)
+    one.add_argument("--shards", type=int, nargs="+", default=[16, 128, 256])
+    one.add_argument("--interval", type=float, default=1.0, help="seconds between two samples of a run")
+    one.add_argument("--out", type=Path, help="a file that lines of JSON are appended to")
     given = parser.parse_args(arguments)
     found = []
     began = time.monotonic()
-    if given.what == "growth":
+    if given.what == "place":
+        for shards in given.shards:
+            _keep(given.out, place(given.runs, shards, given.interval))
+    elif given.what == "growth":
         for runs in given.runs:
             found.append(growth(given, runs))
             _keep(given.out, found[-1])

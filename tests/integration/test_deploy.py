@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from sharpwatch._version import __version__
+from sharpwatch.common.shards import Shard, parse_shard
 from sharpwatch.daemon.api.foreign_alerts import MAX_ALERTS
 from sharpwatch.daemon.config.load import load_config
 from sharpwatch.daemon.config.settings import DaemonConfig
@@ -22,6 +23,9 @@ PROMETHEUS = DEPLOY / "prometheus"
 RULES = PROMETHEUS / "rules/sharpwatch.rules.yml"
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes/pod.yaml").read_text()))
 KINDS = {manifest["kind"]: manifest for manifest in MANIFESTS}
+SHARDS = {
+    manifest["kind"]: manifest for manifest in yaml.safe_load_all((DEPLOY / "kubernetes/shards.yaml").read_text())
+}
 UNIT = (DEPLOY / "systemd/sharpwatch.service").read_text()
 CONTAINERFILE = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ")
 
@@ -194,6 +198,47 @@ def test_sidecar_can_do_no_more_than_it_must():
     assert not pod["automountServiceAccountToken"]
     assert container["resources"].keys() == {"requests", "limits"}
     assert pod["terminationGracePeriodSeconds"] >= 60
+
+
+def test_each_pod_of_the_shards_has_one_and_is_reached_by_its_own_name(tmp_path):
+    config, service, placed = SHARDS["ConfigMap"], SHARDS["Service"], SHARDS["StatefulSet"]["spec"]
+    pod = placed["template"]
+    (container,) = pod["spec"]["containers"]
+    path = tmp_path / "sharpwatch.yaml"
+    path.write_text(config["data"]["sharpwatch.yaml"])
+    daemon = load_config(path).daemon
+    shell, flag, script = container["command"]
+    assert (shell, flag) == ("sh", "-c")
+    # What the shell makes of it in the second pod.
+    arguments = subprocess.run(
+        ["sh", "-c", script.replace("exec sharpwatch", "printf '%s\n'")],
+        env={"HOSTNAME": "sharpwatch-1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    assert given["--config"] == "/etc/sharpwatch/sharpwatch.yaml"
+    assert parse_shard(given["--shard"]) == Shard(1, placed["replicas"])
+    assert given["--advertise"] == f"sharpwatch-1.{service['metadata']['name']}:7741"
+    assert placed["serviceName"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    selected = service["spec"]["selector"]
+    assert selected == placed["selector"]["matchLabels"] == pod["metadata"]["labels"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert (daemon.grpc, daemon.http) == tuple(f"0.0.0.0:{port}" for port in ports.values())
+    assert daemon.store.startswith("postgresql+psycopg://")
+    volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == volumes.keys()
+    assert volumes["config"]["configMap"]["name"] == config["metadata"]["name"]
+    assert daemon.credentials.startswith(mounts["credentials"])
+    assert daemon.tls is not None
+    assert daemon.tls.key.startswith(mounts["tls"])
+    assert daemon.token_file == container["env"][0]["value"] == f"{mounts['run']}/operator.token"
+    assert "postgresql" in CONTAINERFILE  # the extra
+    assert container["image"].endswith(f":{__version__}")
 
 
 def test_every_volume_of_the_pod_is_there():
