@@ -22,7 +22,7 @@ PRINTED = json.loads((DATA / "printed-0.1.json").read_text())
 NEW = re.compile(
     r"\.(checkpoints_total|alerts_total"
     r"|objective|objective_state|swallowed_errors|data_order|reference|order_since_step|order\[\d+]\.\w+|plan"
-    r"|blocks\[\d+]\.update_every|decisions\[\d+]\.cancelled_by|(revisions\[\d+]|newest_revision)\.(outcome|ramp_steps)"
+    r"|blocks\[\d+]\.update_every|decisions\[\d+]\.(cancelled_by|waits)|(revisions\[\d+]|newest_revision)\.(outcome|ramp_steps)"
     r"|(run|runs\[\d+])\.(multipliers|mode_set)\.\w+|differences\[\d+]\.\w+"
     r"|alerts\[\d+]\.(names\[0]|cause|layer_blocks\[\d+]|onset|closed|acknowledged|parameter|rank))"
 )

@@ -312,10 +312,10 @@ async def test_a_client_that_does_not_read_its_refusals_is_ended(daemon, build, 
 
 
 async def test_a_defect_met_in_one_run_is_counted_and_harms_no_other(daemon, build, monkeypatch):
-    def broken(self, reading, now):
+    def broken(self, *arguments):
         if self.name == "bad":
             raise ZeroDivisionError
-        return update(self, reading, now)
+        return update(self, *arguments)
 
     update = Run.update
     monkeypatch.setattr(Run, "update", broken)
