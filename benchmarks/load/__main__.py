@@ -1,19 +1,22 @@
-"""What the daemon takes: python -m benchmarks.load [growth|tilt|place] ...
+"""What the daemon takes: python -m benchmarks.load [growth|tilt|place|hostile] ...
 
     python -m benchmarks.load growth --runs 10 100 1000 --out growth.jsonl --plot growth.svg
     python -m benchmarks.load tilt --rounds 5 --out tilt.jsonl
     python -m benchmarks.load place --runs 100000 --shards 256
+    python -m benchmarks.load hostile --rounds 2 --out hostile.jsonl
 
 `growth`: agents that send a sample a second, with a `gnb` probe at every tenth, while `/metrics` is scraped every 15 s;
 beside each size the same agents on a bare gRPC server, whose latencies are those of agents, network and gRPC alone.
 `tilt`: as fast as acknowledgements allow, taps alone and `gnb` probes alone, the daemon and the bare server in turn;
-the ratio is that of bytes a second of processor time. Both print a table; lines of JSON go to `--out`.
+the ratio is that of bytes a second of processor time. `hostile`: 20 honest runs beside a client that floods the daemon
+in each way of `benchmarks.load.floods`, without and with a token. All print a table; lines of JSON go to `--out`.
 `place`: how runs fall on the shards of several daemons, and what each carries by what `growth` measured of one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import sys
@@ -23,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load.floods import FLOODS
+from benchmarks.load.hostile import hostile
 from benchmarks.load.place import place
 from benchmarks.load.servers import ROOT, Server, bare, daemon, latency, load
 
@@ -45,6 +50,25 @@ _COLUMNS = (
     ("disk B/sample", "disk_bytes", "{:.0f}"),
     ("written B/sample", "written_bytes", "{:.0f}"),
     ("refused", "refused", "{:.0f}"),
+)
+
+_FLOODED = (
+    ("flood", "flood", "{}"),
+    ("token", "shows", "{}"),
+    ("quiet p50 ms", "quiet_p50_ms", "{:.1f}"),
+    ("p99", "quiet_p99_ms", "{:.0f}"),
+    ("flooded p50 ms", "flood_p50_ms", "{:.1f}"),
+    ("p99", "flood_p99_ms", "{:.0f}"),
+    ("worst", "worst_ms", "{:.0f}"),
+    ("cost at p99 ms", "cost_ms", "{:.0f}"),
+    ("samples", "samples", "{}"),
+    ("lost", "lost", "{}"),
+    ("alerts missing", "missing", "{}"),
+    ("a new agent's Welcome ms", "hello_ms", "{:.0f}"),
+    ("CPU quiet", "quiet_cpu", "{:.2f}"),
+    ("flooded", "flood_cpu", "{:.2f}"),
+    ("memory MB", "memory_mb", "{:+.0f}"),
+    ("log kB", "log_kb", "{:.0f}"),
 )
 
 
@@ -152,11 +176,11 @@ def tilt(given: argparse.Namespace, kind: str, number: int, servers: Mapping[str
     return figures | {"ratio": figures["daemon_bytes_cpu_s"] / figures["bare_bytes_cpu_s"]}
 
 
-def _print_growth(found: Sequence[Mapping[str, Any]]) -> None:
-    print("| " + " | ".join(title for title, _, _ in _COLUMNS) + " |")
-    print("|" + "---|" * len(_COLUMNS))
+def _print_table(columns: Sequence[tuple[str, str, str]], found: Sequence[Mapping[str, Any]]) -> None:
+    print("| " + " | ".join(title for title, _, _ in columns) + " |")
+    print("|" + "---|" * len(columns))
     for each in found:
-        print("| " + " | ".join(form.format(each[name]) for _, name, form in _COLUMNS) + " |")
+        print("| " + " | ".join(form.format(each[name]) for _, name, form in columns) + " |")
 
 
 def _print_tilt(found: Sequence[Mapping[str, Any]]) -> None:
@@ -205,7 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
-    for name in ("growth", "tilt"):
+    for name in ("growth", "tilt", "hostile"):
         one = what.add_parser(name)
         one.add_argument("--checkout", type=Path, default=ROOT, help="the checkout whose daemon is measured")
         one.add_argument("--out", type=Path, help="a file that lines of JSON are appended to")
@@ -216,6 +240,11 @@ def main(arguments: Sequence[str]) -> int:
             one.add_argument("--plot", type=Path, help="a picture of the growth")
             one.add_argument("--warm", type=float, default=100.0, help="seconds before; windows have eight probes")
             one.add_argument("--seconds", type=float, default=120.0)
+        elif name == "hostile":
+            one.add_argument("--kinds", nargs="+", choices=FLOODS, default=list(FLOODS))
+            one.add_argument("--rounds", type=int, default=1, help="quiet and flooded times of each kind")
+            one.add_argument("--quiet", type=float, default=15.0, help="seconds before each flood")
+            one.add_argument("--seconds", type=float, default=15.0, help="of each flood")
         else:
             one.add_argument("--runs", type=int, default=10)
             one.add_argument("--kinds", nargs="+", choices=("tap", "gnb"), default=["tap", "gnb"])
@@ -237,9 +266,12 @@ def main(arguments: Sequence[str]) -> int:
         for runs in given.runs:
             found.append(growth(given, runs))
             _keep(given.out, found[-1])
-        _print_growth(found)
+        _print_table(_COLUMNS, found)
         if given.plot is not None:
             _plot(found, given.plot)
+    elif given.what == "hostile":
+        found = asyncio.run(hostile(given, given.kinds, lambda figures: _keep(given.out, figures)))
+        _print_table(_FLOODED, found)
     else:
         with daemon(given.checkout) as real, bare() as beside:
             for number in range(given.rounds):

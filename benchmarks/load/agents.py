@@ -42,7 +42,7 @@ class Measured:
     seconds: array[float] = field(default_factory=lambda: array("d"))  # from sending a sample to its acknowledgement
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Load:
     """What each agent sends: `every` is the number of steps between two probes, 0 for none."""
 
@@ -61,7 +61,10 @@ class Load:
 class Agent:
     """One run's session."""
 
-    def __init__(self, address: str, run: str, host: str, load: Load, measured: Measured) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917  who it is, and what it does
+        self, address: str, run: str, host: str, load: Load, measured: Measured, token: str = ""
+    ) -> None:
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._load = load
         self._measured = measured
         self._hello = hello(run, host)
@@ -73,7 +76,7 @@ class Agent:
     async def open(self) -> None:
         """Sends the Hello and awaits the Welcome."""
         # Not before: the daemon ends the oldest of the calls that wait for their first message where there are many.
-        self._call = self._channel.stream_stream(_METHOD, None, None)()
+        self._call = self._channel.stream_stream(_METHOD, None, None)(metadata=self._metadata)
         await self._call.write(self._hello)
         response = agent_pb2.SessionResponse.FromString(await self._call.read())
         assert response.HasField("welcome"), response
@@ -94,11 +97,19 @@ class Agent:
             self._measured.sent += self._measured.on
             await self._call.write(payload)
         await self._fewer_than(1)
+        await self._leave()
+        await reading
+        await self._channel.close()
+
+    async def close(self) -> None:
+        """Says farewell, and awaits no answer."""
+        await self._leave()
+        await self._channel.close()
+
+    async def _leave(self) -> None:
         farewell = agent_pb2.SessionRequest(heartbeat=agent_pb2.Heartbeat(last=True))
         await self._call.write(farewell.SerializeToString())
         await self._call.done_writing()
-        await reading
-        await self._channel.close()
 
     async def _fewer_than(self, count: int) -> None:
         while len(self._sent) >= count:

@@ -12,26 +12,49 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sharpwatch.common.credentials import Credential, write_credentials
+
 ROOT = Path(__file__).parents[2]
 _ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"
+_ERRORS = 100
 _TICK = os.sysconf("SC_CLK_TCK")
 _LATENCY = re.compile(r'^sharpwatch_ingest_to_metric_seconds_bucket\{le="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
+@dataclass(slots=True)
+class LogSeen:
+    """How much a server has logged, and the lines of errors, as far as they were read."""
+
+    lines: int = 0
+    size: int = 0
+    longest: int = 0  # characters
+    errors: list[str] = field(default_factory=list)  # the first of them
+
+    def read(self, stream: Iterable[str]) -> None:
+        """Reads to the end, so that the process never waits for a reader of its log."""
+        for line in stream:
+            self.lines += 1
+            self.size += len(line)
+            self.longest = max(self.longest, len(line))
+            if '"level": "error"' in line and len(self.errors) < _ERRORS:
+                self.errors.append(line)
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server process: where it serves, and what it takes."""
+    """A server process: where it serves, what it takes, and what it logs."""
 
     process: int
     grpc: str
     http: str = ""
     store: Path | None = None
+    log: LogSeen = field(default_factory=LogSeen)
 
     @property
     def processor(self) -> float:
@@ -44,6 +67,11 @@ class Server:
         """Bytes of resident memory."""
         status = Path(f"/proc/{self.process}/status").read_text()
         return 1024 * int(re.search(r"^VmRSS:\s+(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
+
+    @property
+    def token(self) -> str:
+        """The operator's token."""
+        return "" if self.store is None else self.store.with_name("token").read_text().strip()
 
     @property
     def written(self) -> int:
@@ -68,23 +96,31 @@ class Server:
 
 
 @contextmanager
-def daemon(checkout: Path = ROOT) -> Iterator[Server]:
-    """Runs `sharpwatch serve` with its default configuration, of this checkout or another one."""
+def daemon(checkout: Path = ROOT, credentials: Sequence[Credential] = ()) -> Iterator[Server]:
+    """Runs `sharpwatch serve` with its default configuration, of this checkout or another one.
+
+    Args:
+        checkout: The checkout.
+        credentials: Those that the daemon knows; without any, agents need none.
+    """
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         store = Path(folder) / "journal.db"
         config = Path(folder) / "daemon.yaml"
         config.write_text(
             f"daemon:\n  grpc: 127.0.0.1:0\n  http: 127.0.0.1:0\n  store: sqlite:///{store}\n"
             f"  token_file: {folder}/token\n  device: cpu\n  log_level: warning\n"
+            + (f"  credentials: {folder}/credentials.yaml\n" if credentials else "")
         )
+        if credentials:
+            write_credentials(Path(folder) / "credentials.yaml", credentials)
         serve = "import sys; from sharpwatch.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", serve, "serve", "--config", str(config), "--log-level", "info"]
         with _process(command, checkout, stderr=subprocess.PIPE) as process:
             told = _await_line(process.stderr, lambda line: '"event": "serving"' in line)
             addresses = json.loads(told)
-            # Read on, so that the process never waits for a reader of its log.
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield Server(process.pid, addresses["grpc"], addresses["http"], store)
+            log = LogSeen()
+            threading.Thread(target=log.read, args=(process.stderr,), daemon=True).start()
+            yield Server(process.pid, addresses["grpc"], addresses["http"], store, log)
 
 
 @contextmanager
