@@ -347,7 +347,8 @@ class Pipeline:
         return max(0.0, self._retry_at - time.monotonic()) if self.store_error else None
 
     async def _cycle(self) -> None:
-        entries = self._queue.take()
+        # All of them while the journal fails, as those that come back would else keep the others from being judged.
+        entries = self._queue.take() if self.store_error or self._stop.is_set() else self._queue.turn()
         self._gathering.begin(len(entries), time.monotonic())
         written = False
         # Written before they are folded, so that no acknowledgement waits for detectors and policies.

@@ -340,8 +340,13 @@ class QueuedSample:
         return len(self.payload) + _SETTING_BYTES * settings
 
 
+TURN_SAMPLES, TURN_BYTES = 64, 2**20  # that are journalled and folded before others are looked at
+
+
 class SampleQueue:
     """The samples of all runs that wait for the journal. When it is full, the busiest run loses its oldest sample.
+
+    Where more come in than are journalled and folded, runs take turns: one that sends too much waits for itself alone.
 
     Args:
         capacity: How many samples it holds.
@@ -362,6 +367,7 @@ class SampleQueue:
         self._depth = 0
         self._bytes = 0
         self._filled = asyncio.Event()
+        self._was_large = False
 
     @property
     def depth(self) -> int:
@@ -384,9 +390,20 @@ class SampleQueue:
             self._account(entry, 1)
         self._shrink({entry.run for entry in entries})
 
+    def turn(self) -> list[QueuedSample]:
+        """Removes and returns the oldest sample of each run, then the next, up to `TURN_SAMPLES` and `TURN_BYTES`.
+
+        A sample that is larger than that comes alone, and only every other time while others wait.
+        """
+        large = [run for run, queue in self._runs.items() if queue[0].nbytes > TURN_BYTES]
+        self._was_large = bool(large) and not (self._was_large and len(large) < len(self._runs))
+        taken = [self._pop_last(large[0])] if self._was_large else self._pop_in_turn(set(large))
+        if not self._runs:
+            self._filled.clear()
+        return taken
+
     def take(self) -> list[QueuedSample]:
         """Removes and returns all samples; those of a run are in their order."""
-        # Everything at once, because a transaction costs one fsync whatever its size.
         self._filled.clear()
         entries = [entry for queue in self._runs.values() for entry in queue]
         self._runs, self._run_bytes, self._depth, self._bytes = {}, {}, 0, 0
@@ -399,6 +416,30 @@ class SampleQueue:
     def wake(self) -> None:
         """Makes `filled` return although nothing was put."""
         self._filled.set()
+
+    def _pop_in_turn(self, left_out: set[str]) -> list[QueuedSample]:
+        taken: list[QueuedSample] = []
+        size = 0
+        while len(taken) < TURN_SAMPLES and (run := next((one for one in self._runs if one not in left_out), "")):
+            size += self._runs[run][0].nbytes
+            if size > TURN_BYTES:
+                break
+            taken.append(self._pop_last(run))
+        return taken
+
+    def _pop_last(self, run: str) -> QueuedSample:
+        """Removes the oldest sample of a run, whose turn then comes after all others'."""
+        entry = self._pop(run)
+        if run in self._runs:
+            self._runs[run] = self._runs.pop(run)
+        return entry
+
+    def _pop(self, run: str) -> QueuedSample:
+        entry = self._runs[run].popleft()
+        self._account(entry, -1)
+        if not self._runs[run]:
+            del self._runs[run], self._run_bytes[run]
+        return entry
 
     def _account(self, entry: QueuedSample, sign: int) -> None:
         size = sign * entry.nbytes
@@ -419,8 +460,4 @@ class SampleQueue:
                 self._evict_oldest(max(self._run_bytes, key=self._run_bytes.__getitem__))
 
     def _evict_oldest(self, run: str) -> None:
-        entry = self._runs[run].popleft()
-        self._account(entry, -1)
-        if not self._runs[run]:
-            del self._runs[run], self._run_bytes[run]
-        self._on_evict(entry)
+        self._on_evict(self._pop(run))

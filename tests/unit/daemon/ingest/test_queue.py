@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor
-from sharpwatch.daemon.ingest.samples import QueuedSample, Reading, SampleQueue
+from sharpwatch.daemon.ingest.samples import TURN_BYTES, TURN_SAMPLES, QueuedSample, Reading, SampleQueue
 from sharpwatch.daemon.records import OptimizerGroup
 from sharpwatch.errors import WireError
 
@@ -107,6 +108,63 @@ def test_nothing_is_lost_uncounted_and_no_bound_is_passed(samples):
         assert sum(len(one.payload) for one in held if one.run == run) <= 700
         sequences = [one.reading.sequence for one in held if one.run == run]
         assert sequences == sorted(sequences)
+
+
+def test_runs_take_turns_so_that_one_that_sends_too_much_waits_alone():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for sequence in range(1, 301):
+        queue.put(entry("flood", sequence))
+    queue.put(entry("quiet", 1))
+    queue.put(entry("other", 1))
+    turn = queue.turn()
+    assert len(turn) == TURN_SAMPLES
+    assert {("quiet", 1), ("other", 1)} <= set(named(turn))
+    queue.put(entry("quiet", 2))
+    assert ("quiet", 2) in named(queue.turn())
+
+
+def test_a_large_sample_comes_alone_and_every_other_time():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for run in ("large", "huge"):
+        for sequence in (1, 2):
+            queue.put(entry(run, sequence, TURN_BYTES + 1))
+    for sequence in (1, 2):
+        queue.put(entry("quiet", sequence))
+    assert named(queue.turn()) == [("large", 1)]
+    assert named(queue.turn()) == [("quiet", 1), ("quiet", 2)]
+    queue.put(entry("quiet", 3))
+    turns = [named(queue.turn()) for _ in range(4)]
+    assert turns == [[("huge", 1)], [("quiet", 3)], [("large", 2)], [("huge", 2)]]
+
+
+async def test_what_a_turn_leaves_is_there_at_once():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for sequence in range(1, TURN_SAMPLES + 2):
+        queue.put(entry("run", sequence))
+    async with asyncio.timeout(10):
+        await queue.filled()
+        assert len(queue.turn()) == TURN_SAMPLES
+        await queue.filled()
+        assert named(queue.turn()) == [("run", TURN_SAMPLES + 1)]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await queue.filled()
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([1, 2**18, 2**21])), max_size=100))
+def test_turns_have_every_sample_once_and_those_of_a_run_in_their_order(samples):
+    queue = SampleQueue(1_000, 2**40, 2**40, lambda _: None)
+    put = [entry(run, sequence, size) for sequence, (run, size) in enumerate(samples, 1)]
+    for one in put:
+        queue.put(one)
+    turns = []
+    while queue.depth:
+        turns.append(queue.turn())
+    assert all(len(turn) == 1 or sum(one.nbytes for one in turn) <= TURN_BYTES for turn in turns)
+    taken = named(one for turn in turns for one in turn)
+    assert sorted(taken) == sorted(named(put))
+    for run in "abc":
+        assert [one for one in taken if one[0] == run] == [one for one in named(put) if one[0] == run]
 
 
 def test_a_resend_is_known_whether_it_waits_or_is_journalled():
