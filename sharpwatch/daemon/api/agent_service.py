@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import grpc
@@ -39,6 +40,7 @@ MAX_REASON = 1_000  # characters of a refusal, which may quote the bad message
 MAX_OUTGOING = 1_024  # refusals and commands that wait for a client which does not read
 HEARTBEAT_SECONDS = 10.0  # a third of the silence after which a run may go to another trainer
 _REVOKED_SECONDS = 2.0  # between looks for sessions whose token was revoked
+LARGE_BYTES = 2**18  # of a message that is read on a thread: in the event loop it would hold up all other sessions
 _LOGGED = 256  # refused sessions that are remembered, as each tries again every few seconds
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
@@ -49,6 +51,15 @@ class SessionEndedError(Exception):
     def __init__(self, code: grpc.StatusCode, reason: str) -> None:
         self.code = code
         super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A message that was read: as it was parsed, with the sample's reading if it is one, or why it is refused."""
+
+    request: agent_pb2.SessionRequest
+    reading: Reading | None = None
+    error: WireError | None = None
 
 
 class Session:
@@ -236,6 +247,7 @@ class AgentService:
         self._metrics = metrics
         self._admission = Admission(runs, sessions.count, authorizer)
         self._logged: set[str] = set()
+        self._reading_large = asyncio.Semaphore(1)  # of many at once each would take the interpreter as long
         self.draining = False
 
     def release(self, run: Run) -> None:
@@ -390,39 +402,41 @@ class AgentService:
                 # Not a refusal: that needs the sequence, and a message of this size is not parsed to find it.
                 session.end(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{error.code}: {error}")
                 return
-            self._take(message, session)
+            received_at = time.monotonic()
+            if len(message) > LARGE_BYTES:
+                async with self._reading_large:
+                    received = await asyncio.to_thread(_read, message, session.attempt.hello)
+            else:
+                received = _read(message, session.attempt.hello)
+            self._take(received, message, session, received_at)
         session.finish()
 
-    def _take(self, message: bytes, session: Session) -> None:
+    def _take(self, received: _Received, message: bytes, session: Session, received_at: float) -> None:
         if session.attempt.released or session.is_drained:
             return  # its session is about to end; a sample after the release would undo that at the next start
-        received_at = time.monotonic()
         session.attempt.presence.heard(received_at)
         run = self._runs.get(session.attempt.hello.run)
         if run is not None:
             run.received_bytes += len(message)
-        try:
-            request = _parse(message, "sample", "heartbeat")
-        except WireError as error:
+        request = received.request
+        if not request.HasField("heartbeat"):
             self._metrics.received.inc()
-            self._refuse(session, 0, error)
-            return
-        if request.HasField("sample"):
-            self._metrics.received.inc()
-            self._take_sample(request.sample, message, session, received_at)
+        if received.error is not None:
+            self._refuse(session, request.sample.sequence, received.error)
+        elif received.reading is not None:
+            self._take_sample(received.reading, message, session, received_at)
         elif request.heartbeat.last:
             session.attempt.presence.left()
         else:
             self._end_if_replaced(session)
 
-    def _take_sample(self, sample: agent_pb2.Sample, message: bytes, session: Session, received_at: float) -> None:
+    def _take_sample(self, reading: Reading, message: bytes, session: Session, received_at: float) -> None:
         attempt = session.attempt
         try:
-            reading = read_sample(attempt.hello, sample)
             # Last, because it moves the cursor: a sample that is refused must leave no trace.
             place = self._place(session, reading)
         except WireError as error:
-            self._refuse(session, sample.sequence, error)
+            self._refuse(session, reading.sequence, error)
             return
         if place == "new":
             attempt.said_farewell = reading.closing
@@ -468,6 +482,15 @@ def _reason(error: WireError) -> str:
 def _check_size(message: bytes) -> None:
     if len(message) > wire.MAX_MESSAGE_BYTES:
         raise WireError("oversized", f"a message must have at most {wire.MAX_MESSAGE_BYTES} bytes, got {len(message)}")
+
+
+def _read(message: bytes, hello: RunHello) -> _Received:
+    request = agent_pb2.SessionRequest()
+    try:
+        request = _parse(message, "sample", "heartbeat")
+        return _Received(request, read_sample(hello, request.sample) if request.HasField("sample") else None)
+    except WireError as error:
+        return _Received(request, error=error)
 
 
 def _parse(message: bytes, *expected: Literal["hello", "sample", "heartbeat"]) -> agent_pb2.SessionRequest:
