@@ -435,6 +435,7 @@ class Store:
     def __init__(self, journal: Journal, thread: ThreadPoolExecutor) -> None:
         self._journal = journal
         self._thread = thread
+        self._reading = asyncio.Lock()
 
     @classmethod
     async def open(  # noqa: PLR0913  as of `Journal`
@@ -489,31 +490,31 @@ class Store:
 
     async def load(self, run: str, *, samples: int) -> StoredRun:
         """Returns all records of a run and its newest `samples` samples."""
-        return await self._call(partial(self._journal.load, run, samples=samples))
+        return await self._read(partial(self._journal.load, run, samples=samples))
 
     async def ask(self, question: Callable[[Connection], Result]) -> Result:
         """Returns the answer of a function that only reads, as those of `catalog`."""
-        return await self._call(partial(self._journal.ask, question))
+        return await self._read(partial(self._journal.ask, question))
 
     async def transitions(self, decisions: Sequence[str]) -> tuple[TransitionRow, ...]:
         """Returns all transitions of the decisions and plans of these ids, oldest first."""
-        return await self._call(partial(self._journal.transitions, decisions))
+        return await self._read(partial(self._journal.transitions, decisions))
 
     async def requests(self, run: str, since: float, limit: int) -> tuple[RequestRow, ...]:
         """Returns the newest `limit` requests of a run, or of all for an empty name, from `since` on, oldest first."""
-        return await self._call(partial(self._journal.requests, run, since, limit))
+        return await self._read(partial(self._journal.requests, run, since, limit))
 
     async def history(self, run: str, limit: int) -> StoredHistory:
         """Returns the newest `limit` samples of a run, and so many estimates of each quantity that is drawn."""
-        return await self._call(partial(self._journal.history, run, limit))
+        return await self._read(partial(self._journal.history, run, limit))
 
     async def silences(self) -> tuple[Silence, ...]:
         """Returns all silences, oldest first."""
-        return await self._call(self._journal.silences)
+        return await self._read(self._journal.silences)
 
     async def notifications(self) -> tuple[NotificationRow, ...]:
         """Returns the notifications that wait or go on, those that have waited longest first."""
-        return await self._call(self._journal.notifications)
+        return await self._read(self._journal.notifications)
 
     async def keep_notifications(self, rows: Mapping[str, NotificationRow | None]) -> None:
         """Replaces notifications by fingerprint; None removes one."""
@@ -547,6 +548,11 @@ class Store:
         """Closes the journal after the writes in progress."""
         await self._call(self._journal.close)
         self._thread.shutdown()
+
+    async def _read(self, function: Callable[[], Result]) -> Result:
+        # One at a time, so that no write waits for more than one of them, however many are asked for.
+        async with self._reading:
+            return await self._call(function)
 
     async def _call(self, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
