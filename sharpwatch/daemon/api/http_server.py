@@ -59,6 +59,8 @@ class HttpServer:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/-/healthy", self._healthy)
         app.router.add_get("/-/ready", self._ready)
+        self._rendering = asyncio.Lock()
+        self._asked: dict[str, asyncio.Task[tuple[bytes, str]]] = {}  # renderings that have not begun, by Accept
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_SECONDS)
         self._connecting: dict[socket.socket, asyncio.Task[None]] = {}  # in their handshake, oldest first
         self._listener: socket.socket | None = None
@@ -176,12 +178,23 @@ class HttpServer:
             if not caller.may("viewer"):
                 text = f"metrics need the operator's token, or one of role viewer: {caller.why or caller.role}\n"
                 return web.Response(text=text, status=401, headers={"WWW-Authenticate": "Bearer"})
-        # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
-        accept = request.headers.get("Accept", "")
-        body, content_type = await asyncio.to_thread(self._exposition.render, accept)
+        body, content_type = await self._rendered(request.headers.get("Accept", ""))
         response = web.Response(body=body, headers={"Content-Type": content_type})
         response.enable_compression()
         return response
+
+    async def _rendered(self, accept: str) -> tuple[bytes, str]:
+        """Renders the metrics: one after the other, and once for all who ask while another rendering is under way."""
+        asked = self._asked.get(accept)
+        if asked is None:
+            asked = self._asked[accept] = asyncio.create_task(self._render(accept), name="render")
+        return await asyncio.shield(asked)
+
+    async def _render(self, accept: str) -> tuple[bytes, str]:
+        async with self._rendering:
+            del self._asked[accept]  # who asks from now on wants what is not in this one
+            # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
+            return await asyncio.to_thread(self._exposition.render, accept)
 
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
