@@ -1,15 +1,17 @@
-"""What the daemon takes: python -m benchmarks.load [growth|tilt|place|hostile] ...
+"""What the daemon takes: python -m benchmarks.load [growth|tilt|place|hostile|fuzz] ...
 
     python -m benchmarks.load growth --runs 10 100 1000 --out growth.jsonl --plot growth.svg
     python -m benchmarks.load tilt --rounds 5 --out tilt.jsonl
     python -m benchmarks.load place --runs 100000 --shards 256
     python -m benchmarks.load hostile --rounds 2 --out hostile.jsonl
+    python -m benchmarks.load fuzz --messages 100000 --seed 0
 
 `growth`: agents that send a sample a second, with a `gnb` probe at every tenth, while `/metrics` is scraped every 15 s;
 beside each size the same agents on a bare gRPC server, whose latencies are those of agents, network and gRPC alone.
 `tilt`: as fast as acknowledgements allow, taps alone and `gnb` probes alone, the daemon and the bare server in turn;
 the ratio is that of bytes a second of processor time. `hostile`: 20 honest runs beside a client that floods the daemon
-in each way of `benchmarks.load.floods`, without and with a token. All print a table; lines of JSON go to `--out`.
+in each way of `benchmarks.load.floods`, without and with a token. `fuzz`: the same beside one that sends damaged
+messages, calls and requests, and what became of the daemon. All but `fuzz` print a table; lines of JSON go to `--out`.
 `place`: how runs fall on the shards of several daemons, and what each carries by what `growth` measured of one run.
 """
 
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.floods import FLOODS
+from benchmarks.load.fuzz import fuzz
 from benchmarks.load.hostile import hostile
 from benchmarks.load.place import place
 from benchmarks.load.servers import ROOT, Server, bare, daemon, latency, load
@@ -225,60 +228,83 @@ def _keep(out: Path | None, figures: Mapping[str, Any]) -> None:
             file.write(f"{line}\n")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Measure, and print."""
+def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
-    for name in ("growth", "tilt", "hostile"):
-        one = what.add_parser(name)
+    made = {name: what.add_parser(name) for name in _MEASURED}
+    for one in made.values():
         one.add_argument("--checkout", type=Path, default=ROOT, help="the checkout whose daemon is measured")
         one.add_argument("--out", type=Path, help="a file that lines of JSON are appended to")
-        if name == "growth":
-            one.add_argument("--runs", type=int, nargs="+", default=[10, 100, 1000])
-            one.add_argument("--interval", type=float, default=1.0, help="seconds between two samples of a run")
-            one.add_argument("--every", type=int, default=10, help="samples between two gnb probes")
-            one.add_argument("--plot", type=Path, help="a picture of the growth")
-            one.add_argument("--warm", type=float, default=100.0, help="seconds before; windows have eight probes")
-            one.add_argument("--seconds", type=float, default=120.0)
-        elif name == "hostile":
-            one.add_argument("--kinds", nargs="+", choices=FLOODS, default=list(FLOODS))
-            one.add_argument("--rounds", type=int, default=1, help="quiet and flooded times of each kind")
-            one.add_argument("--quiet", type=float, default=15.0, help="seconds before each flood")
-            one.add_argument("--seconds", type=float, default=15.0, help="of each flood")
-        else:
-            one.add_argument("--runs", type=int, default=10)
-            one.add_argument("--kinds", nargs="+", choices=("tap", "gnb"), default=["tap", "gnb"])
-            one.add_argument("--rounds", type=int, default=5)
-            one.add_argument("--warm", type=float, default=3.0)
-            one.add_argument("--seconds", type=float, default=10.0)
-    one = what.add_parser("place")
+    one = made["growth"]
+    one.add_argument("--runs", type=int, nargs="+", default=[10, 100, 1000])
+    one.add_argument("--interval", type=float, default=1.0, help="seconds between two samples of a run")
+    one.add_argument("--every", type=int, default=10, help="samples between two gnb probes")
+    one.add_argument("--plot", type=Path, help="a picture of the growth")
+    one.add_argument("--warm", type=float, default=100.0, help="seconds before; windows have eight probes")
+    one.add_argument("--seconds", type=float, default=120.0)
+    one = made["tilt"]
+    one.add_argument("--runs", type=int, default=10)
+    one.add_argument("--kinds", nargs="+", choices=("tap", "gnb"), default=["tap", "gnb"])
+    one.add_argument("--rounds", type=int, default=5)
+    one.add_argument("--warm", type=float, default=3.0)
+    one.add_argument("--seconds", type=float, default=10.0)
+    one = made["hostile"]
+    one.add_argument("--kinds", nargs="+", choices=FLOODS, default=list(FLOODS))
+    one.add_argument("--shows", nargs="+", choices=("none", "token"), default=["none", "token"])
+    one.add_argument("--rounds", type=int, default=1, help="quiet and flooded times of each kind")
+    one.add_argument("--quiet", type=float, default=15.0, help="seconds before each flood")
+    one.add_argument("--seconds", type=float, default=15.0, help="of each flood")
+    one = made["place"]
     one.add_argument("--runs", type=int, default=100_000)
     one.add_argument("--shards", type=int, nargs="+", default=[16, 128, 256])
     one.add_argument("--interval", type=float, default=1.0, help="seconds between two samples of a run")
-    one.add_argument("--out", type=Path, help="a file that lines of JSON are appended to")
-    given = parser.parse_args(arguments)
+    one = made["fuzz"]
+    one.add_argument("--messages", type=int, default=100_000)
+    one.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def _all_growth(given: argparse.Namespace) -> None:
     found = []
+    for runs in given.runs:
+        found.append(growth(given, runs))
+        _keep(given.out, found[-1])
+    _print_table(_COLUMNS, found)
+    if given.plot is not None:
+        _plot(found, given.plot)
+
+
+def _all_tilt(given: argparse.Namespace) -> None:
+    found = []
+    with daemon(given.checkout) as real, bare() as beside:
+        for number in range(given.rounds):
+            for kind in given.kinds:
+                found.append(tilt(given, kind, number, {"bare": beside, "daemon": real}))
+                _keep(given.out, found[-1])
+    _print_tilt(found)
+
+
+def _all_hostile(given: argparse.Namespace) -> None:
+    _print_table(_FLOODED, asyncio.run(hostile(given, lambda figures: _keep(given.out, figures))))
+
+
+def _place(given: argparse.Namespace) -> None:
+    for shards in given.shards:
+        _keep(given.out, place(given.runs, shards, given.interval))
+
+
+def _fuzz(given: argparse.Namespace) -> None:
+    _keep(given.out, asyncio.run(fuzz(given)))
+
+
+_MEASURED = {"growth": _all_growth, "tilt": _all_tilt, "place": _place, "hostile": _all_hostile, "fuzz": _fuzz}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, and print."""
+    given = _arguments(arguments)
     began = time.monotonic()
-    if given.what == "place":
-        for shards in given.shards:
-            _keep(given.out, place(given.runs, shards, given.interval))
-    elif given.what == "growth":
-        for runs in given.runs:
-            found.append(growth(given, runs))
-            _keep(given.out, found[-1])
-        _print_table(_COLUMNS, found)
-        if given.plot is not None:
-            _plot(found, given.plot)
-    elif given.what == "hostile":
-        found = asyncio.run(hostile(given, given.kinds, lambda figures: _keep(given.out, figures)))
-        _print_table(_FLOODED, found)
-    else:
-        with daemon(given.checkout) as real, bare() as beside:
-            for number in range(given.rounds):
-                for kind in given.kinds:
-                    found.append(tilt(given, kind, number, {"bare": beside, "daemon": real}))
-                    _keep(given.out, found[-1])
-        _print_tilt(found)
+    _MEASURED[given.what](given)
     print(f"{time.monotonic() - began:.0f} s in all", file=sys.stderr)
     return 0
 

@@ -74,7 +74,7 @@ class Hostile:
     async def pour(
         self, channel: grpc.aio.Channel, first: bytes, messages: Iterable[bytes], *, reads: bool = True
     ) -> None:
-        """Opens a session and sends all messages as fast as answers come or, where it reads none, as gRPC takes them."""
+        """Opens a session and sends all messages as fast as answers come; where it reads none, as gRPC takes them."""
         call = channel.stream_stream(_SESSION)(metadata=self.metadata)
         await call.write(first)
         if reads and await call.read() is grpc.aio.EOF:

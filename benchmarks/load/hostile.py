@@ -8,12 +8,13 @@ what it takes of the processor is not taken for the daemon's. Quiet and flooded 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 RUNS = 20
 _WARM = 150  # samples at once, after which a loss is judged
 _POOL = 64
-_FAULTY = 5  # samples that a fault lasts
+FAULTY = 5  # samples that a fault lasts
 _SETTLE = 5.0  # seconds after a flood that do not count
 _PATIENCE = 30.0  # seconds within which what is sent must be acknowledged, and an alert be there
 
@@ -240,7 +241,7 @@ async def flood(  # noqa: PLR0913, PLR0917  one row of the table
         await asyncio.sleep(given.seconds / 3)
         since = {agent.name: len(agent.sent) + 1 for agent in agents}
         for agent in agents:
-            agent.load.left = _FAULTY
+            agent.load.left = FAULTY
         hello = max(hello, await _welcomed(server, f"late-{kind}-{shows}-{number}", tokens["honest"]))
         told, _ = await client.communicate()
         ended, processor = time.monotonic(), server.processor - processor
@@ -270,16 +271,16 @@ async def flood(  # noqa: PLR0913, PLR0917  one row of the table
     }
 
 
-async def hostile(given: Any, kinds: Sequence[str], keep: Any) -> list[dict[str, Any]]:
+async def hostile(given: Any, keep: Callable[[Mapping[str, Any]], None]) -> list[dict[str, Any]]:
     """Floods a daemon in each way, without a token and with one; `keep` is called with the figures of each."""
     tokens, known = credentials()
     found = []
     with daemon(given.checkout, known) as server:
         async with honest_runs(server, tokens["honest"]) as agents:
-            for kind in kinds:
-                for shows in ("none", "viewer" if kind == "operator" else "hostile"):
-                    found.append(await flood(server, agents, kind, tokens, shows, given))
-                    keep(found[-1])
+            for kind, shows in itertools.product(given.kinds, given.shows):
+                holder = {"none": "none", "token": "viewer" if kind == "operator" else "hostile"}[shows]
+                found.append(await flood(server, agents, kind, tokens, holder, given))
+                keep(found[-1])
         if server.log.errors:
             print(*server.log.errors[:5], sep="", file=sys.stderr)
     return found
