@@ -86,7 +86,7 @@ class Fuzzer:
                 for _ in range(20):
                     attempt += 1
                     with suppress(grpc.RpcError, TimeoutError, asyncio.InvalidStateError):
-                        await self._session(channel, f"fuzz-{number}-{attempt // 10}", f"f{number}-{attempt}")
+                        await self._session(channel, f"fuzz-{number}-{attempt % 16}", f"f{number}-{attempt}")
 
     async def _session(self, channel: grpc.aio.Channel, run: str, attempt: str) -> None:
         call = channel.stream_stream(_SESSION)(metadata=self.shows(self.random.choice(("agent", "agent", "agent", ""))))
@@ -106,6 +106,7 @@ class Fuzzer:
                 message = agent_pb2.SessionRequest(sample=whole_sample(sequence, self.generator))
                 await call.write(damaged(message, self.random))
                 await asyncio.sleep(0)
+            await call.write(agent_pb2.SessionRequest(heartbeat=agent_pb2.Heartbeat(last=True)).SerializeToString())
             await call.done_writing()
             await asyncio.wait((reading,), timeout=_ANSWER_SECONDS)
             reading.cancel()
@@ -267,7 +268,7 @@ async def fuzz(given: Any) -> dict[str, Any]:
             "answers": told["answers"],
             "seconds": ended - began,
             "internal_errors": _INTERNAL.findall(text),
-            "errors": server.log.errors[:5],
+            "errors": list(server.log.errors.values())[:20],
             "longest_line": server.log.longest,
             "log_mb": server.log.size / 1e6,
             "memory_mb": memory,

@@ -282,5 +282,5 @@ async def hostile(given: Any, keep: Callable[[Mapping[str, Any]], None]) -> list
                 found.append(await flood(server, agents, kind, tokens, holder, given))
                 keep(found[-1])
         if server.log.errors:
-            print(*server.log.errors[:5], sep="", file=sys.stderr)
+            print(*server.log.errors.values(), sep="", file=sys.stderr)
     return found

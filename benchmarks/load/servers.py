@@ -22,19 +22,19 @@ from sharpwatch.common.credentials import Credential, write_credentials
 
 ROOT = Path(__file__).parents[2]
 _ACCEPT = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"
-_ERRORS = 100
+_BEGINNING = 60  # characters of a line, which have its event
 _TICK = os.sysconf("SC_CLK_TCK")
 _LATENCY = re.compile(r'^sharpwatch_ingest_to_metric_seconds_bucket\{le="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
 @dataclass(slots=True)
 class LogSeen:
-    """How much a server has logged, and the lines of errors, as far as they were read."""
+    """How much a server has logged, and the first error of each kind, as far as that was read."""
 
     lines: int = 0
     size: int = 0
     longest: int = 0  # characters
-    errors: list[str] = field(default_factory=list)  # the first of them
+    errors: dict[str, str] = field(default_factory=dict)  # lines, by how they begin
 
     def read(self, stream: Iterable[str]) -> None:
         """Reads to the end, so that the process never waits for a reader of its log."""
@@ -42,8 +42,8 @@ class LogSeen:
             self.lines += 1
             self.size += len(line)
             self.longest = max(self.longest, len(line))
-            if '"level": "error"' in line and len(self.errors) < _ERRORS:
-                self.errors.append(line)
+            if '"level": "error"' in line or not line.startswith("{"):
+                self.errors.setdefault(line[:_BEGINNING], line)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class Session:
         self._acknowledged = 0
         self._end: SessionEndedError | None = None
         self._finished = self._at_once = False
+        self._refused: set[str] = set()  # the codes of refusals that were logged
         self._wake = asyncio.Event()
         self.is_drained = False
 
@@ -93,6 +94,11 @@ class Session:
 
     def refuse(self, sequence: int, code: str, reason: str) -> None:
         """Sends that the sample `sequence` is refused, so that the agent does not send it again."""
+        # Of each code once: the metric counts them, and whoever sends nothing else must not fill the log.
+        if code not in self._refused:
+            self._refused.add(code)
+            run = self.attempt.hello.run
+            log.warning("sample_refused", run=run, sequence=sequence, code=code, reason=reason)
         refusal = agent_pb2.Refusal(sequence=sequence, code=code, reason=reason)
         self.send(agent_pb2.SessionResponse(refusal=refusal))
 
@@ -446,9 +452,7 @@ class AgentService:
 
     def _refuse(self, session: Session, sequence: int, error: WireError) -> None:
         self._metrics.refused.labels(error.code).inc()
-        reason, run = _reason(error), session.attempt.hello.run
-        log.warning("sample_refused", run=run, sequence=sequence, code=error.code, reason=reason)
-        session.refuse(sequence, error.code, reason)
+        session.refuse(sequence, error.code, _reason(error))
 
     def _end_if_replaced(self, session: Session) -> None:
         """Ends the session of an attempt whose run another one has, and which has had time to send what it held."""

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from sharpwatch.common.credentials import Role
 from sharpwatch.daemon.api.auth import Authorizer, Caller
@@ -81,20 +82,20 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
 
     def _guarded(self, method: str, handler: Handler) -> Handler:
         # All as handlers of streams, on which a method is called before the first message: the wire is the same.
+        # A single request is parsed by `_only`, since gRPC logs a traceback of each that does not parse.
+        parse = handler.request_deserializer if handler.request_streaming else None
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(method, handler), handler.request_deserializer, handler.response_serializer
+                self._stream(method, handler), parse, handler.response_serializer
             )
-        return grpc.stream_unary_rpc_method_handler(
-            self._unary(method, handler), handler.request_deserializer, handler.response_serializer
-        )
+        return grpc.stream_unary_rpc_method_handler(self._unary(method, handler), parse, handler.response_serializer)
 
     def _unary(self, method: str, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[Any]]:
         async def call(requests: AsyncIterator[Any], context: Context) -> Any:
             began = await self.begin(method, requests, context, streams=handler.request_streaming)
             if handler.request_streaming:
                 return await cast("Any", handler.stream_unary)(began, context)
-            return await cast("Any", handler.unary_unary)(await _only(began, context), context)
+            return await cast("Any", handler.unary_unary)(await _only(began, handler, context), context)
 
         return call
 
@@ -106,7 +107,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
             if handler.request_streaming:
                 answers = cast("Any", handler.stream_stream)(began, context)
             else:
-                answers = cast("Any", handler.unary_stream)(await _only(began, context), context)
+                answers = cast("Any", handler.unary_stream)(await _only(began, handler, context), context)
             if method == _HEALTH_WATCH:  # a coroutine that writes by itself
                 await self._watch_health(answers, context)
                 return
@@ -203,7 +204,11 @@ class _Requests:
         return await anext(self._rest)
 
 
-async def _only(began: AsyncIterator[Any], context: Context) -> Any:
+async def _only(began: AsyncIterator[bytes], handler: Handler, context: Context) -> Any:
+    """The request of a call that has one."""
     if (request := await anext(began, None)) is None:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is missing")
-    return request
+    try:
+        return cast("Any", handler.request_deserializer)(request)
+    except DecodeError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the request can't be parsed: {error}")

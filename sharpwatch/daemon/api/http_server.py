@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 from aiohttp.web_protocol import RequestHandler
 
@@ -23,6 +25,10 @@ log = structlog.get_logger(__name__)
 
 _BACKLOG = 128  # connections that the kernel holds until they are accepted
 _PAUSE_SECONDS = 1.0  # after one could not be accepted
+# Not aiohttp's own, which logs a traceback of each request that is no HTTP: whoever can connect could fill the log.
+_NO_HTTP = (HttpProcessingError, web.RequestPayloadError)
+_logger = logging.getLogger("aiohttp.server.sharpwatch")
+_logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], _NO_HTTP)))
 
 
 class HttpServer:
@@ -61,7 +67,7 @@ class HttpServer:
         app.router.add_get("/-/ready", self._ready)
         self._rendering = asyncio.Lock()
         self._asked: dict[str, asyncio.Task[tuple[bytes, str]]] = {}  # renderings that have not begun, by Accept
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_SECONDS)
+        self._runner = web.AppRunner(app, access_log=None, logger=_logger, keepalive_timeout=IDLE_SECONDS)
         self._connecting: dict[socket.socket, asyncio.Task[None]] = {}  # in their handshake, oldest first
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None

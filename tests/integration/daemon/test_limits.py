@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import grpc
 import pytest
 from forked import COMMAND_LINE
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
 
 from sharpwatch.daemon.api import call_guard, http_server
 from sharpwatch.daemon.api.limits import RESERVED, ConnectionLimits
+from sharpwatch.daemon.exporter import metrics
 from sharpwatch.v1 import operator_pb2 as pb
 
 HALF_A_REQUEST = b"GET /metrics HTTP/1.1\r\nHost: daemon\r\n"  # a line is missing
@@ -206,3 +209,71 @@ async def test_health_may_be_watched_by_few(running, monkeypatch):
                 pass
         for call in (*watches, again):
             call.cancel()
+
+
+async def test_what_is_no_request_of_its_method_is_refused_and_not_logged(daemon, caplog):
+    with capture_logs() as logs:
+        for _ in range(80):  # more than a connection may have at a time
+            for call in (
+                daemon.channel.unary_unary(GET_DAEMON)(b"\xff", metadata=daemon.credentials),
+                daemon.channel.unary_stream("/sharpwatch.v1.OperatorService/WatchRun")(
+                    b"\xff", metadata=daemon.credentials
+                ),
+                daemon.channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff"),
+            ):
+                assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert (await call.details()).startswith("the request can't be parsed: ")
+    assert not logs
+    assert not caplog.records
+
+
+async def test_what_is_no_http_is_refused_and_not_logged(daemon, caplog):
+    def ask(request: bytes) -> bytes:
+        with ExitStack() as stack:
+            (connection,) = connect(daemon.http, 1, stack, request)
+            return connection.recv(12)
+
+    gzip = b"Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnone"
+    for request in (
+        b"GET /metrics HOTTP\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: a\r\nX: " + 10_000 * b"x" + b"\r\n\r\n",
+    ):
+        assert (await asyncio.to_thread(ask, request)).endswith(b" 400")
+    await asyncio.to_thread(ask, b"GET /-/healthy HTTP/1.1\r\nHost: a\r\n" + gzip)
+    assert (await daemon.get("/-/healthy"))[0] == 200
+    assert not caplog.records
+
+
+async def test_refused_samples_are_logged_once_for_each_code(daemon, build):
+    trainer = await daemon.train()
+    with capture_logs() as logs:
+        for sequence in range(1, 51):
+            await trainer.send(build.sample(sequence, deleted_checkpoints=["x" * 5_000]))
+        for _ in range(50):
+            assert (await trainer.next("refusal")).code == "malformed"
+    assert [each["code"] for each in logs if each["event"] == "sample_refused"] == ["malformed"]
+    assert await daemon.metric('sharpwatch_samples_refused_total{code="malformed"}') == 50
+    trainer.call.cancel()
+
+
+async def test_scrapes_that_come_while_one_is_rendered_share_the_next(running, monkeypatch):
+    begun, release, rendered = threading.Event(), threading.Event(), []
+
+    def held(self, accept):
+        rendered.append(accept)
+        begun.set()
+        release.wait(30)
+        return render(self, accept)
+
+    render = metrics.Exposition.render
+    monkeypatch.setattr(metrics.Exposition, "render", held)
+    async with running() as daemon:
+        first = asyncio.create_task(daemon.get("/metrics"))
+        await asyncio.to_thread(begun.wait, 30)
+        rest = [asyncio.create_task(daemon.get("/metrics")) for _ in range(20)]
+        assert (await daemon.get("/-/healthy"))[0] == 200  # of a later request than those
+        release.set()
+        answers = await asyncio.gather(first, *rest)
+        assert {status for status, _ in answers} == {200}
+        assert len(rendered) < len(answers)
