@@ -303,12 +303,15 @@ def _result(result: types_pb2.CommandResult) -> ReportedResult:
     what = f"result of {result.command_id!r}"
     require_few(result.unchanged_blocks, "result.unchanged_blocks")
     require(-MAX_STEP <= result.step <= MAX_STEP, f"{what}: step must be -2**53 to 2**53, got {result.step}")
-    require(result.outcome in _OUTCOMES, f"{what}: outcome must be one of {sorted(_OUTCOMES)}, got {result.outcome}")
+    require(result.outcome > 0, f"{what}: outcome must be one of {sorted(_OUTCOMES)}, got {result.outcome}")
+    detail = checked_text(result.detail, "result.detail")
+    if result.outcome not in _OUTCOMES:  # of a later version; whatever it is, the command was not just applied
+        detail = f"outcome {result.outcome}, which this version of the daemon does not know: {detail}"
     return ReportedResult(
         command_id=checked_name(result.command_id, "result.command_id"),
-        outcome=_OUTCOMES[result.outcome],
+        outcome=_OUTCOMES.get(result.outcome, "failed"),
         step=result.step,
-        detail=checked_text(result.detail, "result.detail"),
+        detail=detail,
         unchanged_blocks=tuple(checked_name(block, "result.unchanged_blocks") for block in result.unchanged_blocks),
     )
 
