@@ -31,7 +31,7 @@ from sharpwatch.v1 import agent_pb2, operator_pb2
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 RUNS = 20
-_WARM = 150  # samples at once, after which a loss is judged
+_WARM = 300  # samples at once, after which a loss is judged by its trend
 _POOL = 64
 FAULTY = 5  # samples that a fault lasts
 _SETTLE = 5.0  # seconds after a flood that do not count

@@ -415,6 +415,8 @@ class AgentService:
             else:
                 received = _read(message, session.attempt.hello)
             self._take(received, message, session, received_at)
+            # What is not read waits at the agent, which would else have the rest refused as too much.
+            await self._queue.room(session.attempt.hello.run)
         session.finish()
 
     def _take(self, received: _Received, message: bytes, session: Session, received_at: float) -> None:

@@ -342,8 +342,17 @@ class QueuedSample:
         settings = sum(len(group.settings) for group in self.reading.optimizer_groups.values())
         return len(self.payload) + _SETTING_BYTES * settings
 
+    @property
+    def weight(self) -> int:
+        """Bytes for which a turn takes it."""
+        reading = self.reading
+        items = len(reading.checkpoints) + len(reading.deleted_checkpoints) + len(reading.results)
+        return self.nbytes + _ITEM_BYTES * items
 
-TURN_SAMPLES, TURN_BYTES = 64, 2**20  # that are journalled and folded before others are looked at
+
+TURN_SAMPLES, TURN_BYTES = 32, 2**20  # that are journalled and folded before others are looked at
+RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read
+_ITEM_BYTES = 1_024  # for which a turn takes a checkpoint or a result: each is a row of the journal's
 
 
 class SampleQueue:
@@ -369,7 +378,9 @@ class SampleQueue:
         self._run_bytes: dict[str, int] = {}
         self._depth = 0
         self._bytes = 0
+        self._unfolded: dict[str, int] = {}
         self._filled = asyncio.Event()
+        self._taken = asyncio.Event()
         self._was_large = False
 
     @property
@@ -381,8 +392,15 @@ class SampleQueue:
         """Appends the newest sample of its run."""
         self._runs.setdefault(entry.run, deque()).append(entry)
         self._account(entry, 1)
+        self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + 1
         self._shrink([entry.run])
         self._filled.set()
+
+    async def room(self, run: str) -> None:
+        """Waits until fewer than `RUN_UNFOLDED` samples of a run wait for their turn."""
+        while self._unfolded.get(run, 0) >= RUN_UNFOLDED:
+            self._taken.clear()
+            await self._taken.wait()
 
     def requeue(self, entries: Iterable[QueuedSample]) -> None:
         """Returns what `take` gave, ahead of what has come since, without waking `filled`."""
@@ -398,11 +416,12 @@ class SampleQueue:
 
         A sample that is larger than that comes alone, and only every other time while others wait.
         """
-        large = [run for run, queue in self._runs.items() if queue[0].nbytes > TURN_BYTES]
+        large = [run for run, queue in self._runs.items() if queue[0].weight > TURN_BYTES]
         self._was_large = bool(large) and not (self._was_large and len(large) < len(self._runs))
         taken = [self._pop_last(large[0])] if self._was_large else self._pop_in_turn(set(large))
         if not self._runs:
             self._filled.clear()
+        self._taken.set()
         return taken
 
     def take(self) -> list[QueuedSample]:
@@ -410,6 +429,8 @@ class SampleQueue:
         self._filled.clear()
         entries = [entry for queue in self._runs.values() for entry in queue]
         self._runs, self._run_bytes, self._depth, self._bytes = {}, {}, 0, 0
+        self._unfolded.clear()
+        self._taken.set()
         return entries
 
     async def filled(self) -> None:
@@ -424,7 +445,7 @@ class SampleQueue:
         taken: list[QueuedSample] = []
         size = 0
         while len(taken) < TURN_SAMPLES and (run := next((one for one in self._runs if one not in left_out), "")):
-            size += self._runs[run][0].nbytes
+            size += self._runs[run][0].weight
             if size > TURN_BYTES:
                 break
             taken.append(self._pop_last(run))
@@ -440,8 +461,11 @@ class SampleQueue:
     def _pop(self, run: str) -> QueuedSample:
         entry = self._runs[run].popleft()
         self._account(entry, -1)
+        if not entry.processed:
+            self._unfolded[run] -= 1
         if not self._runs[run]:
             del self._runs[run], self._run_bytes[run]
+            self._unfolded.pop(run, None)
         return entry
 
     def _account(self, entry: QueuedSample, sign: int) -> None:

@@ -12,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharpwatch.daemon.ingest.hello import Attempt, Cursor
-from sharpwatch.daemon.ingest.samples import TURN_BYTES, TURN_SAMPLES, QueuedSample, Reading, SampleQueue
-from sharpwatch.daemon.records import OptimizerGroup
+from sharpwatch.daemon.ingest.samples import (
+    RUN_UNFOLDED,
+    TURN_BYTES,
+    TURN_SAMPLES,
+    QueuedSample,
+    Reading,
+    SampleQueue,
+)
+from sharpwatch.daemon.records import Checkpoint, OptimizerGroup
 from sharpwatch.errors import WireError
 
 
@@ -135,6 +142,36 @@ def test_a_large_sample_comes_alone_and_every_other_time():
     queue.put(entry("quiet", 3))
     turns = [named(queue.turn()) for _ in range(4)]
     assert turns == [[("huge", 1)], [("quiet", 3)], [("large", 2)], [("huge", 2)]]
+
+
+async def test_of_a_run_with_many_samples_that_wait_no_more_are_read():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for sequence in range(1, RUN_UNFOLDED + 1):
+        queue.put(entry("flood", sequence))
+    async with asyncio.timeout(10):
+        await queue.room("quiet")
+        waiting = asyncio.create_task(queue.room("flood"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        taken = queue.turn()
+        await waiting
+    # What was judged and waits for a failing journal alone does not count.
+    for one in taken:
+        one.processed = True
+    queue.requeue(taken)
+    assert queue.depth == RUN_UNFOLDED
+    async with asyncio.timeout(10):
+        await queue.room("flood")
+
+
+def test_rows_of_the_journal_count_for_a_turn():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for sequence in range(1, 10):
+        one = entry("run", sequence)
+        saved = tuple(Checkpoint(sequence, f"/{number}") for number in range(256))
+        one.reading = replace(one.reading, checkpoints=saved)
+        queue.put(one)
+    assert len(queue.turn()) == 3
 
 
 async def test_what_a_turn_leaves_is_there_at_once():
