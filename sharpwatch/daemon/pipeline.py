@@ -348,8 +348,9 @@ class Pipeline:
 
     async def _cycle(self) -> None:
         # All of them while the journal fails, as those that come back would else keep the others from being judged.
-        entries = self._queue.take() if self.store_error or self._stop.is_set() else self._queue.turn()
-        self._gathering.begin(len(entries), time.monotonic())
+        began = time.monotonic()
+        entries = self._queue.take() if self.store_error or self._stop.is_set() else self._queue.turn(began)
+        self._gathering.begin(len(entries), began)
         written = False
         # Written before they are folded, so that no acknowledgement waits for detectors and policies.
         # What these decide is written after, by a second transaction.
@@ -362,6 +363,7 @@ class Pipeline:
             self._note_full()
         else:
             await self._process([entry for entry in entries if not entry.processed])
+        self._queue.took(entries, time.monotonic() - began, time.monotonic())
         if not written:
             # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
             self._queue.requeue(entries)

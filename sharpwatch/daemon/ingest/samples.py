@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -351,8 +351,14 @@ class QueuedSample:
 
 
 TURN_SAMPLES, TURN_BYTES = 32, 2**20  # that are journalled and folded before others are looked at
-RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read
+LARGE_SHARE = 0.02  # of the time, at most, that goes into samples which are larger
+RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read; fewer large ones
+_UNFOLDED_BYTES = 2**16  # of a sample, at least, that waits for its turn
 _ITEM_BYTES = 1_024  # for which a turn takes a checkpoint or a result: each is a row of the journal's
+
+
+def _unfolded(entry: QueuedSample) -> int:
+    return max(entry.weight, _UNFOLDED_BYTES)
 
 
 class SampleQueue:
@@ -381,7 +387,7 @@ class SampleQueue:
         self._unfolded: dict[str, int] = {}
         self._filled = asyncio.Event()
         self._taken = asyncio.Event()
-        self._was_large = False
+        self._large_at = 0.0  # monotonic seconds from which on the next large sample may be taken
 
     @property
     def depth(self) -> int:
@@ -392,13 +398,13 @@ class SampleQueue:
         """Appends the newest sample of its run."""
         self._runs.setdefault(entry.run, deque()).append(entry)
         self._account(entry, 1)
-        self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + 1
+        self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + _unfolded(entry)
         self._shrink([entry.run])
         self._filled.set()
 
     async def room(self, run: str) -> None:
         """Waits until fewer than `RUN_UNFOLDED` samples of a run wait for their turn."""
-        while self._unfolded.get(run, 0) >= RUN_UNFOLDED:
+        while self._unfolded.get(run, 0) >= RUN_UNFOLDED * _UNFOLDED_BYTES:
             self._taken.clear()
             await self._taken.wait()
 
@@ -409,20 +415,33 @@ class SampleQueue:
         for entry in reversed(entries):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)
             self._account(entry, 1)
+            if not entry.processed:
+                self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + _unfolded(entry)
         self._shrink({entry.run for entry in entries})
 
-    def turn(self) -> list[QueuedSample]:
+    def turn(self, now: float) -> list[QueuedSample]:
         """Removes and returns the oldest sample of each run, then the next, up to `TURN_SAMPLES` and `TURN_BYTES`.
 
-        A sample that is larger than that comes alone, and only every other time while others wait.
+        A sample that is larger than that comes alone, and only now and then (`took`); none may be returned although
+        some wait.
+
+        Args:
+            now: Monotonic seconds.
         """
         large = [run for run, queue in self._runs.items() if queue[0].weight > TURN_BYTES]
-        self._was_large = bool(large) and not (self._was_large and len(large) < len(self._runs))
-        taken = [self._pop_last(large[0])] if self._was_large else self._pop_in_turn(set(large))
+        taken = [self._pop_last(large[0])] if large and now >= self._large_at else self._pop_in_turn(set(large))
         if not self._runs:
             self._filled.clear()
+        elif now < self._large_at and all(queue[0].weight > TURN_BYTES for queue in self._runs.values()):
+            self._filled.clear()
+            asyncio.get_running_loop().call_later(self._large_at - now, self._filled.set)
         self._taken.set()
         return taken
+
+    def took(self, turn: Sequence[QueuedSample], seconds: float, now: float) -> None:
+        """Notes how long a turn took, so that large samples take `LARGE_SHARE` of the time at most."""
+        if any(entry.weight > TURN_BYTES for entry in turn):
+            self._large_at = now + seconds * (1 / LARGE_SHARE - 1)
 
     def take(self) -> list[QueuedSample]:
         """Removes and returns all samples; those of a run are in their order."""
@@ -462,7 +481,7 @@ class SampleQueue:
         entry = self._runs[run].popleft()
         self._account(entry, -1)
         if not entry.processed:
-            self._unfolded[run] -= 1
+            self._unfolded[run] -= _unfolded(entry)
         if not self._runs[run]:
             del self._runs[run], self._run_bytes[run]
             self._unfolded.pop(run, None)

@@ -123,25 +123,48 @@ def test_runs_take_turns_so_that_one_that_sends_too_much_waits_alone():
         queue.put(entry("flood", sequence))
     queue.put(entry("quiet", 1))
     queue.put(entry("other", 1))
-    turn = queue.turn()
+    turn = queue.turn(0.0)
     assert len(turn) == TURN_SAMPLES
     assert {("quiet", 1), ("other", 1)} <= set(named(turn))
     queue.put(entry("quiet", 2))
-    assert ("quiet", 2) in named(queue.turn())
+    assert ("quiet", 2) in named(queue.turn(0.0))
 
 
-def test_a_large_sample_comes_alone_and_every_other_time():
+async def test_a_large_sample_comes_alone_and_has_its_share_of_the_time():
     queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
     for run in ("large", "huge"):
         for sequence in (1, 2):
             queue.put(entry(run, sequence, TURN_BYTES + 1))
     for sequence in (1, 2):
         queue.put(entry("quiet", sequence))
-    assert named(queue.turn()) == [("large", 1)]
-    assert named(queue.turn()) == [("quiet", 1), ("quiet", 2)]
+    turn = queue.turn(100.0)
+    assert named(turn) == [("large", 1)]
+    queue.took(turn, 0.5, 100.5)
+    queue.took(queue.turn(100.5), 0.01, 100.6)
     queue.put(entry("quiet", 3))
-    turns = [named(queue.turn()) for _ in range(4)]
-    assert turns == [[("huge", 1)], [("quiet", 3)], [("large", 2)], [("huge", 2)]]
+    assert named(queue.turn(124.9)) == [("quiet", 3)]
+    assert queue.turn(124.9) == []
+    assert named(queue.turn(125.0)) == [("huge", 1)]  # 0.5 s in 25
+    assert named(queue.turn(125.0)) == [("large", 2)]
+
+
+async def test_a_large_sample_that_waits_comes_by_itself_in_time():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    queue.put(entry("large", 1, TURN_BYTES + 1))
+    queue.put(entry("large", 2, TURN_BYTES + 1))
+    queue.took(queue.turn(0.0), 0.001, 0.001)
+    assert queue.turn(0.001) == []
+    async with asyncio.timeout(10):
+        await queue.filled()
+    assert named(queue.turn(1.0)) == [("large", 2)]
+
+
+async def test_few_large_samples_of_a_run_are_read_before_their_turn():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    queue.put(entry("large", 1, 8 * TURN_BYTES))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await queue.room("large")
 
 
 async def test_of_a_run_with_many_samples_that_wait_no_more_are_read():
@@ -153,7 +176,7 @@ async def test_of_a_run_with_many_samples_that_wait_no_more_are_read():
         waiting = asyncio.create_task(queue.room("flood"))
         await asyncio.sleep(0)
         assert not waiting.done()
-        taken = queue.turn()
+        taken = queue.turn(0.0)
         await waiting
     # What was judged and waits for a failing journal alone does not count.
     for one in taken:
@@ -171,7 +194,7 @@ def test_rows_of_the_journal_count_for_a_turn():
         saved = tuple(Checkpoint(sequence, f"/{number}") for number in range(256))
         one.reading = replace(one.reading, checkpoints=saved)
         queue.put(one)
-    assert len(queue.turn()) == 3
+    assert len(queue.turn(0.0)) == 3
 
 
 async def test_what_a_turn_leaves_is_there_at_once():
@@ -180,9 +203,9 @@ async def test_what_a_turn_leaves_is_there_at_once():
         queue.put(entry("run", sequence))
     async with asyncio.timeout(10):
         await queue.filled()
-        assert len(queue.turn()) == TURN_SAMPLES
+        assert len(queue.turn(0.0)) == TURN_SAMPLES
         await queue.filled()
-        assert named(queue.turn()) == [("run", TURN_SAMPLES + 1)]
+        assert named(queue.turn(0.0)) == [("run", TURN_SAMPLES + 1)]
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await queue.filled()
@@ -196,7 +219,7 @@ def test_turns_have_every_sample_once_and_those_of_a_run_in_their_order(samples)
         queue.put(one)
     turns = []
     while queue.depth:
-        turns.append(queue.turn())
+        turns.append(queue.turn(0.0))
     assert all(len(turn) == 1 or sum(one.nbytes for one in turn) <= TURN_BYTES for turn in turns)
     taken = named(one for turn in turns for one in turn)
     assert sorted(taken) == sorted(named(put))
