@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 FIRST_MESSAGE_SECONDS = 10.0
 MAX_WAITING = 256  # calls that have not sent their first message
+MAX_ANSWERING = 8  # calls of operators at a time, so that hundreds at once hold up no sample; the others wait
 MAX_HEALTH_WATCHES = 64  # which anyone may open, and which last
 _LOGGED = 256  # kinds of refused calls that are remembered
 _HEALTH, _AGENTS = "/grpc.health.v1.Health/", "/sharpwatch.v1.AgentService/"
@@ -50,6 +51,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         self._logged: set[tuple[str, ...]] = set()
         self._waiting: dict[asyncio.Timeout, None] = {}  # the deadlines of calls that wait, oldest first
         self._health_watches = 0
+        self._answering = asyncio.Semaphore(MAX_ANSWERING)
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
@@ -95,7 +97,11 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
             began = await self.begin(method, requests, context, streams=handler.request_streaming)
             if handler.request_streaming:
                 return await cast("Any", handler.stream_unary)(began, context)
-            return await cast("Any", handler.unary_unary)(await _only(began, handler, context), context)
+            request = await _only(began, handler, context)
+            if method.startswith(_HEALTH):
+                return await cast("Any", handler.unary_unary)(request, context)
+            async with self._answering:
+                return await cast("Any", handler.unary_unary)(request, context)
 
         return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 import socket
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from sharpwatch.errors import SharpwatchError
 log = structlog.get_logger(__name__)
 
 _BACKLOG = 128  # connections that the kernel holds until they are accepted
+_GZIP_LEVEL = 6
 _PAUSE_SECONDS = 1.0  # after one could not be accepted
 # Not aiohttp's own, which logs a traceback of each request that is no HTTP: whoever can connect could fill the log.
 _NO_HTTP = (HttpProcessingError, web.RequestPayloadError)
@@ -66,7 +68,8 @@ class HttpServer:
         app.router.add_get("/-/healthy", self._healthy)
         app.router.add_get("/-/ready", self._ready)
         self._rendering = asyncio.Lock()
-        self._asked: dict[str, asyncio.Task[tuple[bytes, str]]] = {}  # renderings that have not begun, by Accept
+        # Renderings that have not begun, by the header Accept and whether they are compressed.
+        self._asked: dict[tuple[str, bool], asyncio.Task[tuple[bytes, str]]] = {}
         self._runner = web.AppRunner(app, access_log=None, logger=_logger, keepalive_timeout=IDLE_SECONDS)
         self._connecting: dict[socket.socket, asyncio.Task[None]] = {}  # in their handshake, oldest first
         self._listener: socket.socket | None = None
@@ -184,23 +187,28 @@ class HttpServer:
             if not caller.may("viewer"):
                 text = f"metrics need the operator's token, or one of role viewer: {caller.why or caller.role}\n"
                 return web.Response(text=text, status=401, headers={"WWW-Authenticate": "Bearer"})
-        body, content_type = await self._rendered(request.headers.get("Accept", ""))
-        response = web.Response(body=body, headers={"Content-Type": content_type})
-        response.enable_compression()
-        return response
+        compressed = "gzip" in request.headers.get("Accept-Encoding", "").lower()
+        body, content_type = await self._rendered(request.headers.get("Accept", ""), compressed=compressed)
+        encoding = {"Content-Encoding": "gzip"} if compressed else {}
+        return web.Response(body=body, headers={"Content-Type": content_type, "Vary": "Accept-Encoding", **encoding})
 
-    async def _rendered(self, accept: str) -> tuple[bytes, str]:
+    async def _rendered(self, accept: str, *, compressed: bool) -> tuple[bytes, str]:
         """Renders the metrics: one after the other, and once for all who ask while another rendering is under way."""
-        asked = self._asked.get(accept)
+        key = accept, compressed
+        asked = self._asked.get(key)
         if asked is None:
-            asked = self._asked[accept] = asyncio.create_task(self._render(accept), name="render")
+            asked = self._asked[key] = asyncio.create_task(self._render(key), name="render")
         return await asyncio.shield(asked)
 
-    async def _render(self, accept: str) -> tuple[bytes, str]:
+    async def _render(self, key: tuple[str, bool]) -> tuple[bytes, str]:
         async with self._rendering:
-            del self._asked[accept]  # who asks from now on wants what is not in this one
+            del self._asked[key]  # who asks from now on wants what is not in this one
             # On a thread, because with many runs this takes a while; the collector reads immutable snapshots.
-            return await asyncio.to_thread(self._exposition.render, accept)
+            return await asyncio.to_thread(self._body, *key)
+
+    def _body(self, accept: str, compressed: bool) -> tuple[bytes, str]:
+        body, content_type = self._exposition.render(accept)
+        return gzip.compress(body, _GZIP_LEVEL) if compressed else body, content_type
 
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -133,6 +133,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         self._info = info
         self._shards = shards
         self._draining = False
+        self._showing, self._decoding = asyncio.Lock(), asyncio.Lock()
 
     def configure(self, config: Config) -> None:
         """Answers by the rules of another configuration."""
@@ -187,7 +188,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Returns all about a run."""
         run = await self._run(request.run, context)
-        return pb.GetRunResponse(detail=self._detail(run))
+        return pb.GetRunResponse(detail=await self._shown(run))
 
     async def GetHistory(self, request: pb.GetHistoryRequest, context: Context) -> pb.GetHistoryResponse:
         """Returns the newest samples and estimates of a run that the journal keeps."""
@@ -196,15 +197,17 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             found = await self._store.history(run.name, min(request.limit or _MOST, _MOST))
         except StoreError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the journal can't be read: {error}")
-        # Thousands of samples take a second to decode, in which the others must be served.
-        return await asyncio.to_thread(history_message, found)
+        # Thousands of samples take a second to decode, in which the others must be served; on one thread, since each
+        # more has the event loop wait for the interpreter longer.
+        async with self._decoding:
+            return await asyncio.to_thread(history_message, found)
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Yields all about a run at each change, at most once every `min_interval_seconds`."""
         run = await self._run(request.run, context)
         while True:
             version = run.signal.version
-            yield pb.WatchRunResponse(detail=self._detail(run))
+            yield pb.WatchRunResponse(detail=await self._shown(run))
             if request.min_interval_seconds > 0:
                 await asyncio.sleep(request.min_interval_seconds)
             await self._changed(run, version, context)
@@ -605,6 +608,12 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         if made.outcome in UNDER_WAY and (run is None or not run.is_live(time.monotonic())):
             message.waits = f"run {made.run} has no trainer now: its next one gets it"
         return message
+
+    async def _shown(self, run: Run) -> pb.RunDetail:
+        # Hundreds may ask at once, or watch the same change: samples are taken in between two answers.
+        async with self._showing:
+            await asyncio.sleep(0)
+            return self._detail(run)
 
     def _detail(self, run: Run) -> pb.RunDetail:
         twins = sorted(twin.name for twin in self._pipeline.peers.twins(run))
