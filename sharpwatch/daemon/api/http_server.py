@@ -117,6 +117,8 @@ class HttpServer:
                 continue
             self._make_room()
             self._connecting[accepted] = loop.create_task(self._connect(accepted))
+            # While others wait to be accepted, `sock_accept` returns without a turn of the loop.
+            await asyncio.sleep(0)
 
     async def _connect(self, accepted: socket.socket) -> None:
         tls = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 from contextlib import ExitStack, suppress
@@ -277,3 +278,27 @@ async def test_scrapes_that_come_while_one_is_rendered_share_the_next(running, m
         answers = await asyncio.gather(first, *rest)
         assert {status for status, _ in answers} == {200}
         assert len(rendered) < len(answers)
+
+
+async def test_connections_that_come_at_once_leave_turns_to_all_else(daemon, monkeypatch):
+    """As long as some wait to be accepted, accepting takes no turn of the loop by itself."""
+    turns, all_came = [], asyncio.Event()
+    loop = asyncio.get_running_loop()
+    accept = type(loop).sock_accept
+
+    async def accepted(self, listener):
+        found = await accept(self, listener)
+        loop.call_soon(turns.append, "all else")
+        turns.append("accepted")
+        if turns.count("accepted") == 50:
+            all_came.set()
+        return found
+
+    monkeypatch.setattr(type(loop), "sock_accept", accepted)
+    assert (await daemon.get("/-/healthy"))[0] == 200  # the first call of the patched method
+    turns.clear()
+    with ExitStack() as stack:
+        connect(daemon.http, 50, stack)  # all while the loop waits for this
+        async with asyncio.timeout(30):
+            await all_came.wait()
+    assert ("accepted", "accepted") not in itertools.pairwise(turns)
