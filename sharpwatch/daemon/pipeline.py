@@ -367,7 +367,7 @@ class Pipeline:
         if not written:
             # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
             self._queue.requeue(entries)
-        elif self._pending != PendingWrites():
+        elif self._pending != PendingWrites() and not self._queue.has_turn:  # else the next turn begins by writing it
             with suppress(StoreError):
                 await self._write(())
 

@@ -354,7 +354,7 @@ TURN_SAMPLES, TURN_BYTES = 32, 2**20  # that are journalled and folded before ot
 LARGE_SHARE = 0.02  # of the time, at most, that goes into samples which are larger
 RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read; fewer large ones
 _UNFOLDED_BYTES = 2**16  # of a sample, at least, that waits for its turn
-_ITEM_BYTES = 1_024  # for which a turn takes a checkpoint or a result: each is a row of the journal's
+_ITEM_BYTES = 8_192  # for which a turn takes a checkpoint or a result: each is a row of the journal's, or several
 
 
 def _unfolded(entry: QueuedSample) -> int:
@@ -451,6 +451,11 @@ class SampleQueue:
         self._unfolded.clear()
         self._taken.set()
         return entries
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether `filled` returns at once."""
+        return self._filled.is_set()
 
     async def filled(self) -> None:
         """Waits until a sample was put since the last `take`."""
