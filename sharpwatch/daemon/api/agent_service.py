@@ -41,6 +41,7 @@ MAX_OUTGOING = 1_024  # refusals and commands that wait for a client which does 
 HEARTBEAT_SECONDS = 10.0  # a third of the silence after which a run may go to another trainer
 _REVOKED_SECONDS = 2.0  # between looks for sessions whose token was revoked
 LARGE_BYTES = 2**18  # of a message that is read on a thread: in the event loop it would hold up all other sessions
+REFUSED_SECONDS = 0.01  # after a refused message in which no more of its session are read: they cost a sender nothing
 _LOGGED = 256  # refused sessions that are remembered, as each tries again every few seconds
 Context = grpc.aio.ServicerContext[bytes, agent_pb2.SessionResponse]
 
@@ -74,6 +75,7 @@ class Session:
         self._end: SessionEndedError | None = None
         self._finished = self._at_once = False
         self._refused: set[str] = set()  # the codes of refusals that were logged
+        self.refusals = 0
         self._wake = asyncio.Event()
         self.is_drained = False
 
@@ -94,6 +96,7 @@ class Session:
 
     def refuse(self, sequence: int, code: str, reason: str) -> None:
         """Sends that the sample `sequence` is refused, so that the agent does not send it again."""
+        self.refusals += 1
         # Of each code once: the metric counts them, and whoever sends nothing else must not fill the log.
         if code not in self._refused:
             self._refused.add(code)
@@ -414,7 +417,10 @@ class AgentService:
                     received = await asyncio.to_thread(_read, message, session.attempt.hello)
             else:
                 received = _read(message, session.attempt.hello)
+            refusals = session.refusals
             self._take(received, message, session, received_at)
+            if session.refusals > refusals:
+                await asyncio.sleep(REFUSED_SECONDS)
             # What is not read waits at the agent, which would else have the rest refused as too much.
             await self._queue.room(session.attempt.hello.run)
         session.finish()
