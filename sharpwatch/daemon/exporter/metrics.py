@@ -96,7 +96,10 @@ class Exposition:
         Returns:
             The body and its content type.
         """
-        encoder, content_type = choose_encoder(accept)
+        try:
+            encoder, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # prometheus_client raises these for a version that is no number
+            encoder, content_type = choose_encoder("")
         end = encoder(_Families(()))
         if not _writes_as_here(encoder, end):
             return encoder(_Families((*self._own.collect(), *self._runs.collect()))), content_type

@@ -142,14 +142,17 @@ def read_sample(hello: RunHello, sample: agent_pb2.Sample) -> Reading:
         WireError: The sample breaks the wire contract.
     """
     _check_numbers(sample)
-    probes = read_probes(hello, sample)
-    layers = _layers(sample.tap, hello) if sample.HasField("tap") else None
+    # A signalling NaN, which no optimizer makes but bytes can be, would have numpy warn on standard error.
+    with np.errstate(invalid="ignore"):
+        probes = read_probes(hello, sample)
+        layers = _layers(sample.tap, hello) if sample.HasField("tap") else None
+        tap = None if layers is None else gather_blocks(hello, layers)
     return Reading(
         sequence=sample.sequence,
         step=sample.step,
         taken_at=sample.taken_at_unix_ns / 1e9,
         loss=sample.loss if sample.HasField("loss") else None,
-        tap=None if layers is None else gather_blocks(hello, layers),
+        tap=tap,
         layers=layers,
         optimizer_groups={(each.optimizer, each.group): _group(each) for each in sample.optimizer_groups},
         probes={probe: reading for probe, reading in probes.items() if reading is not None},

@@ -66,6 +66,14 @@ def test_every_format_is_to_the_letter_as_by_prometheus_client(accept):
     daemon.shown(accept)
 
 
+@pytest.mark.parametrize("version", ["1.0.x", "x", "1..0", "\x00"])
+def test_a_version_that_is_no_number_has_the_usual_format(version):
+    registry = CollectorRegistry()
+    exposition = Exposition(registry, RunCollector(tuple, lambda: 0.0, stale_after=1.0))
+    for media in ("text/plain", "application/openmetrics-text"):
+        assert exposition.render(f"{media}; version={version}")[1] in {choose_encoder(each)[1] for each in ("", media)}
+
+
 def test_formats_take_turns():
     daemon = Daemon(FULL, OTHER)
     for step in range(10, 14):

@@ -203,6 +203,17 @@ def test_the_losses_of_ranks_are_read():
             read_sample(HELLO, agent_pb2.Sample(sequence=1, rank_losses=bad))
 
 
+def test_a_nan_of_any_bits_is_a_nan_and_no_warning():
+    signalling = b"\x01\x00\x80\x7f"
+    sent = tap()
+    sent.gradient_norm.data = signalling * 3
+    parts = direction()
+    parts.curvature_parts.data = b"\x01\x00\x00\x00\x00\x00\xf0\x7f" * 3
+    reading = read_sample(HELLO, agent_pb2.Sample(sequence=1, tap=sent, direction=parts))
+    assert np.isnan(reading.tap.gradient_norm).all()
+    assert reading.dropped_probes == ("direction",)
+
+
 def test_a_whole_sample_is_read():
     sample = agent_pb2.Sample(
         sequence=3,
