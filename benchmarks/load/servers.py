@@ -119,8 +119,13 @@ def daemon(checkout: Path = ROOT, credentials: Sequence[Credential] = ()) -> Ite
             told = _await_line(process.stderr, lambda line: '"event": "serving"' in line)
             addresses = json.loads(told)
             log = LogSeen()
-            threading.Thread(target=log.read, args=(process.stderr,), daemon=True).start()
-            yield Server(process.pid, addresses["grpc"], addresses["http"], store, log)
+            reading = threading.Thread(target=log.read, args=(process.stderr,))
+            reading.start()
+            try:
+                yield Server(process.pid, addresses["grpc"], addresses["http"], store, log)
+            finally:
+                process.terminate()
+                reading.join()
 
 
 @contextmanager

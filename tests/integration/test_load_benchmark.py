@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import random
+
 import numpy as np
 import pytest
 
+from benchmarks.load.fuzz import fuzz
 from benchmarks.load.messages import DRAWS, LAYER_BLOCKS, body, hello, request
-from benchmarks.load.servers import bare, daemon, latency, load
+from benchmarks.load.mutations import damaged, whole_hello, whole_sample
+from benchmarks.load.servers import ROOT, bare, daemon, latency, load
 from sharpwatch.daemon.ingest.hello import read_hello
 from sharpwatch.daemon.ingest.samples import read_sample
+from sharpwatch.daemon.logs import MAX_LINE
 from sharpwatch.v1 import agent_pb2
 
 
@@ -23,6 +29,27 @@ def test_a_message_put_together_is_a_sample_with_its_own_numbers(gnb):
     reading = read_sample(told, sent.sample)
     assert (reading.sequence, len(reading.layers.gradient_norm)) == (300, len(LAYER_BLOCKS))
     assert (len(reading.probes["gnb"].traces) if gnb else 0) == (DRAWS if gnb else 0)
+
+
+def test_what_is_damaged_is_a_sample_of_everything_and_the_damage_goes_by_its_seed():
+    told = read_hello(whole_hello("run", "attempt"))
+    sample = whole_sample(1, np.random.default_rng(0))
+    reading = read_sample(told, sample)
+    assert len(reading.probes) == 7
+    assert not reading.dropped_probes
+    samples = [[whole_sample(n, np.random.default_rng(n)) for n in range(20)] for _ in "ab"]
+    twice = [[damaged(one, random.Random(n)) for n, one in enumerate(each)] for each in samples]  # noqa: S311
+    assert twice[0] == twice[1]
+    assert len(set(twice[0])) == 20
+
+
+@pytest.mark.slow
+async def test_damaged_messages_harm_nothing_beside_them():
+    found = await fuzz(argparse.Namespace(checkout=ROOT, messages=1_000, seed=7))
+    assert found["messages"] >= 1_000
+    assert (found["internal_errors"], found["errors"], found["unauthorised"]) == ([], [], [])
+    assert (found["honest_lost"], found["alerts_missing"]) == (0, 0)
+    assert found["longest_line"] <= MAX_LINE + 1
 
 
 @pytest.mark.slow
