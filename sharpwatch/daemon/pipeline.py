@@ -107,7 +107,7 @@ class Pipeline:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._retry_delay()):
                     await self._queue.filled()
-            if wait := self._gathering.wait(time.monotonic()):
+            if not self._queue.fills_turn and (wait := self._gathering.wait(time.monotonic())):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), wait)
             async with self._cycling:
@@ -358,12 +358,13 @@ class Pipeline:
             with suppress(StoreError):
                 await self._write(entries)
                 written = True
+        writing = time.monotonic() - began
         # A sample is folded once, however often its write fails: the detectors must not see a step twice.
         if self.is_full:
             self._note_full()
         else:
             await self._process([entry for entry in entries if not entry.processed])
-        self._queue.took(entries, time.monotonic() - began, time.monotonic())
+        self._queue.took(entries, writing, time.monotonic() - began, time.monotonic())
         if not written:
             # Back into the bounded queue, and not kept here: while the disk is full, memory must not grow.
             self._queue.requeue(entries)

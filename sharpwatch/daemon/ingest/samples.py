@@ -354,6 +354,9 @@ class QueuedSample:
 
 
 TURN_SAMPLES, TURN_BYTES = 32, 2**20  # that are journalled and folded before others are looked at
+_QUICK_WRITE = (
+    0.02  # seconds; a turn has as many times more samples as its journal takes longer to write, by TURN_BYTES
+)
 LARGE_SHARE = 0.02  # of the time, at most, that goes into samples which are larger
 RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read; fewer large ones
 _UNFOLDED_BYTES = 2**16  # of a sample, at least, that waits for its turn
@@ -391,6 +394,7 @@ class SampleQueue:
         self._filled = asyncio.Event()
         self._taken = asyncio.Event()
         self._large_at = 0.0  # monotonic seconds from which on the next large sample may be taken
+        self._turn_samples = TURN_SAMPLES
 
     @property
     def depth(self) -> int:
@@ -423,7 +427,7 @@ class SampleQueue:
         self._shrink({entry.run for entry in entries})
 
     def turn(self, now: float) -> list[QueuedSample]:
-        """Removes and returns the oldest sample of each run, then the next, up to `TURN_SAMPLES` and `TURN_BYTES`.
+        """Removes and returns the oldest sample of each run, then the next, up to a turn's number and `TURN_BYTES`.
 
         A sample that is larger than that comes alone, and only now and then (`took`); none may be returned although
         some wait.
@@ -441,8 +445,19 @@ class SampleQueue:
         self._taken.set()
         return taken
 
-    def took(self, turn: Sequence[QueuedSample], seconds: float, now: float) -> None:
-        """Notes how long a turn took, so that large samples take `LARGE_SHARE` of the time at most."""
+    def took(self, turn: Sequence[QueuedSample], writing: float, seconds: float, now: float) -> None:
+        """Notes how long a turn took, for the next ones.
+
+        Large samples take `LARGE_SHARE` of the time at most. With a slow journal a turn has more samples, since a
+        transaction costs one sync of the disk whatever its size.
+
+        Args:
+            turn: The samples.
+            writing: Seconds that the journal took.
+            seconds: Seconds that all of it took.
+            now: Monotonic seconds.
+        """
+        self._turn_samples = max(TURN_SAMPLES, int(TURN_SAMPLES * writing / _QUICK_WRITE))
         if any(entry.weight > TURN_BYTES for entry in turn):
             self._large_at = now + seconds * (1 / LARGE_SHARE - 1)
 
@@ -454,6 +469,11 @@ class SampleQueue:
         self._unfolded.clear()
         self._taken.set()
         return entries
+
+    @property
+    def fills_turn(self) -> bool:
+        """Whether as many samples wait as one turn takes."""
+        return self._depth >= self._turn_samples
 
     @property
     def has_turn(self) -> bool:
@@ -471,7 +491,7 @@ class SampleQueue:
     def _pop_in_turn(self, left_out: set[str]) -> list[QueuedSample]:
         taken: list[QueuedSample] = []
         size = 0
-        while len(taken) < TURN_SAMPLES and (run := next((one for one in self._runs if one not in left_out), "")):
+        while len(taken) < self._turn_samples and (run := next((one for one in self._runs if one not in left_out), "")):
             size += self._runs[run][0].weight
             if size > TURN_BYTES:
                 break

@@ -130,6 +130,18 @@ def test_runs_take_turns_so_that_one_that_sends_too_much_waits_alone():
     assert ("quiet", 2) in named(queue.turn(0.0))
 
 
+def test_turns_grow_with_the_time_that_the_journal_takes():
+    """At 32 samples a turn a disk whose sync takes 0.5 s would take 64 a second, however few bytes they are."""
+    queue = SampleQueue(10_000, 2**30, 2**30, lambda _: None)
+    for sequence in range(1, 5_001):
+        queue.put(entry("run", sequence))
+    assert queue.fills_turn
+    queue.took(queue.turn(0.0), 0.5, 0.6, 0.6)
+    assert len(queue.turn(0.6)) >= 500  # a thousand a second
+    queue.took((), 0.001, 0.02, 2.0)
+    assert len(queue.turn(2.0)) == TURN_SAMPLES
+
+
 async def test_a_large_sample_comes_alone_and_has_its_share_of_the_time():
     queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
     for run in ("large", "huge"):
@@ -139,8 +151,8 @@ async def test_a_large_sample_comes_alone_and_has_its_share_of_the_time():
         queue.put(entry("quiet", sequence))
     turn = queue.turn(100.0)
     assert named(turn) == [("large", 1)]
-    queue.took(turn, 0.5, 100.5)
-    queue.took(queue.turn(100.5), 0.01, 100.6)
+    queue.took(turn, 0.0, 0.5, 100.5)
+    queue.took(queue.turn(100.5), 0.0, 0.01, 100.6)
     queue.put(entry("quiet", 3))
     assert named(queue.turn(124.9)) == [("quiet", 3)]
     assert queue.turn(124.9) == []
@@ -152,7 +164,7 @@ async def test_a_large_sample_that_waits_comes_by_itself_in_time():
     queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
     queue.put(entry("large", 1, TURN_BYTES + 1))
     queue.put(entry("large", 2, TURN_BYTES + 1))
-    queue.took(queue.turn(0.0), 0.001, 0.001)
+    queue.took(queue.turn(0.0), 0.0, 0.001, 0.001)
     assert queue.turn(0.001) == []
     assert not queue.has_turn
     async with asyncio.timeout(10):
