@@ -422,7 +422,11 @@ class AgentService:
             if session.refusals > refusals:
                 await asyncio.sleep(REFUSED_SECONDS)
             # What is not read waits at the agent, which would else have the rest refused as too much.
-            await self._queue.room(session.attempt.hello.run)
+            session.attempt.presence.is_unread = True
+            try:
+                await self._queue.room(session.attempt.hello.run)
+            finally:
+                session.attempt.presence.is_unread = False
         session.finish()
 
     def _take(self, received: _Received, message: bytes, session: Session, received_at: float) -> None:

@@ -58,11 +58,12 @@ class Page:
 
 
 def fitting(items: Iterable[Item], size: Callable[[Item], int], limit: int = PAGE_BYTES) -> list[Item]:
-    """The first items that take at most `limit` bytes together."""
-    found, taken = [], 0
+    """The first items that take at most `limit` bytes together; the first one in any case, or no page would follow."""
+    found: list[Item] = []
+    taken = 0
     for item in items:
         taken += size(item)
-        if taken > limit:
+        if found and taken > limit:
             break
         found.append(item)
     return found

@@ -234,6 +234,7 @@ class Presence:
         self._open = False
         self._heard_at = self._broke_at = -math.inf
         self.has_left = False  # as its courier has told
+        self.is_unread = False  # its messages wait for this daemon, which can't hear it meanwhile
 
     def heard(self, now: float) -> None:
         """Records a message of its open stream, the Hello included."""
@@ -255,7 +256,7 @@ class Presence:
     def is_there(self, now: float) -> bool:
         """Returns whether the trainer is there."""
         if self._open:
-            return now - self._heard_at < SILENT_SECONDS
+            return self.is_unread or now - self._heard_at < SILENT_SECONDS
         return now - self._broke_at < RECONNECT_SECONDS
 
 

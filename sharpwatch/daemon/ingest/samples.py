@@ -357,7 +357,7 @@ TURN_SAMPLES, TURN_BYTES = 32, 2**20  # that are journalled and folded before ot
 _QUICK_WRITE = (
     0.02  # seconds; a turn has as many times more samples as its journal takes longer to write, by TURN_BYTES
 )
-LARGE_SHARE = 0.02  # of the time, at most, that goes into samples which are larger
+LARGE_SHARE = 0.02  # of the time, at most, that goes into samples which are larger, where others wait
 RUN_UNFOLDED = 64  # samples of a run that wait for their turn, after which no more of it are read; fewer large ones
 _UNFOLDED_BYTES = 2**16  # of a sample, at least, that waits for its turn
 _ITEM_BYTES = 8_192  # for which a turn takes a checkpoint or a result: each is a row of the journal's, or several
@@ -448,8 +448,8 @@ class SampleQueue:
     def took(self, turn: Sequence[QueuedSample], writing: float, seconds: float, now: float) -> None:
         """Notes how long a turn took, for the next ones.
 
-        Large samples take `LARGE_SHARE` of the time at most. With a slow journal a turn has more samples, since a
-        transaction costs one sync of the disk whatever its size.
+        Large samples take `LARGE_SHARE` of the time at most, where others wait. With a slow journal a turn has more
+        samples, since a transaction costs one sync of the disk whatever its size.
 
         Args:
             turn: The samples.
@@ -458,7 +458,8 @@ class SampleQueue:
             now: Monotonic seconds.
         """
         self._turn_samples = max(TURN_SAMPLES, int(TURN_SAMPLES * writing / _QUICK_WRITE))
-        if any(entry.weight > TURN_BYTES for entry in turn):
+        others_wait = any(queue[0].weight <= TURN_BYTES for queue in self._runs.values())
+        if others_wait and any(entry.weight > TURN_BYTES for entry in turn):
             self._large_at = now + seconds * (1 / LARGE_SHARE - 1)
 
     def take(self) -> list[QueuedSample]:

@@ -52,3 +52,12 @@ def test_after_a_restart_the_trainer_is_awaited():
     assert not presence.is_there(100 + RECONNECT_SECONDS)
     presence.heard(120.0)
     assert presence.is_there(120.0)
+
+
+def test_a_trainer_whose_messages_wait_for_the_daemon_is_not_silent():
+    presence = heard()
+    presence.is_unread = True
+    assert presence.is_there(10_000)
+    presence.broke(10_000)
+    presence.await_return(10_000)
+    assert not presence.is_there(20_000)

@@ -164,12 +164,26 @@ async def test_a_large_sample_that_waits_comes_by_itself_in_time():
     queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
     queue.put(entry("large", 1, TURN_BYTES + 1))
     queue.put(entry("large", 2, TURN_BYTES + 1))
-    queue.took(queue.turn(0.0), 0.0, 0.001, 0.001)
+    turn = queue.turn(0.0)
+    queue.put(entry("quiet", 1))
+    queue.took(turn, 0.0, 0.001, 0.001)
+    assert named(queue.turn(0.001)) == [("quiet", 1)]
     assert queue.turn(0.001) == []
     assert not queue.has_turn
     async with asyncio.timeout(10):
         await queue.filled()
     assert named(queue.turn(1.0)) == [("large", 2)]
+
+
+def test_large_samples_alone_have_all_of_the_time():
+    queue = SampleQueue(1_000, 2**30, 2**30, lambda _: None)
+    for run in ("one", "two"):
+        for sequence in (1, 2):
+            queue.put(entry(run, sequence, 8 * TURN_BYTES))
+    for number in range(4):
+        turn = queue.turn(float(number))
+        assert len(turn) == 1
+        queue.took(turn, 0.1, 0.5, number + 0.5)
 
 
 async def test_few_large_samples_of_a_run_are_read_before_their_turn():
