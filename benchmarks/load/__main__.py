@@ -131,7 +131,7 @@ def growth(given: argparse.Namespace, runs: int) -> dict[str, Any]:
         seen = load(server, arguments, watched.at)
     with bare() as server:
         watched_bare = Watched(server, scrapes=False)
-        seen_bare = load(server, arguments, watched_bare.at)
+        seen_bare = load(server, [*arguments, f"--seconds={given.bare_seconds or given.seconds}"], watched_bare.at)
     metric = latency(*watched.metrics)
     samples = max(1, seen["acknowledged"])
     return {
@@ -242,6 +242,7 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     one.add_argument("--plot", type=Path, help="a picture of the growth")
     one.add_argument("--warm", type=float, default=100.0, help="seconds before; windows have eight probes")
     one.add_argument("--seconds", type=float, default=120.0)
+    one.add_argument("--bare-seconds", type=float, help="of the bare server; as many by default")
     one = made["tilt"]
     one.add_argument("--runs", type=int, default=10)
     one.add_argument("--kinds", nargs="+", choices=("tap", "gnb"), default=["tap", "gnb"])
