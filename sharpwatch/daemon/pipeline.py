@@ -328,6 +328,8 @@ class Pipeline:
     def take_up(self, run: Run) -> None:
         """Takes up what a restored run and others say of each other; that is journalled with the next samples."""
         self._record_all(self.peers.restore(run))
+        for twin in self.peers.twins(run):
+            twin.signal.notify()  # whoever watches it sees whose twin it is by now
 
     async def register(self, attempt: Attempt, now: float) -> None:
         """Journals that an attempt began at unix seconds `now`; if the journal fails, that is written later."""
