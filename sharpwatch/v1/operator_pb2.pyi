@@ -1256,15 +1256,17 @@ class ListRunsResponse(google.protobuf.message.Message):
     RUNS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     SHARDS_HELD_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """Empty on the last page."""
+    shards: builtins.int
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]:
         """Pages begin with the runs whose newest attempt began last; within a page they are sorted by training job and name."""
 
     @property
     def shards_held(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The shards whose runs these are; the others are other daemons'."""
+        """The shards whose runs these are, of how many; the others are other daemons'."""
 
     def __init__(
         self,
@@ -1272,8 +1274,9 @@ class ListRunsResponse(google.protobuf.message.Message):
         runs: collections.abc.Iterable[Global___Run] | None = ...,
         next_page_token: builtins.str = ...,
         shards_held: collections.abc.Iterable[builtins.int] | None = ...,
+        shards: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "shards_held", b"shards_held"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "shards", b"shards", "shards_held", b"shards_held"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsResponse: typing_extensions.TypeAlias = ListRunsResponse

@@ -176,6 +176,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             runs=sorted((*held, *others), key=lambda run: (run.training_job, run.run)),
             next_page_token=str(page.last) if page.last else "",
             shards_held=self._shards,
+            shards=self._shards.own.count,
         )
 
     async def _page(self, request: pb.ListRunsRequest, context: Context) -> RunPage:

@@ -69,6 +69,20 @@ def place(start, url):
     return Placed()
 
 
+@pytest.fixture
+def command_line(place, tmp_path):
+    """Runs a command with the addresses of the first daemons."""
+
+    async def run(*arguments: str, of: int = 2) -> tuple[int, str, str]:
+        target = ("--address", ",".join(place.addresses[:of]), "--token-file", str(tmp_path / "operator.token"))
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        done = await asyncio.create_subprocess_exec(sys.executable, "-m", "sharpwatch", *target, *arguments, **options)
+        out, err = await done.communicate()
+        return done.returncode, out.decode(), err.decode()
+
+    return run
+
+
 class Agent:
     """A trainer's own transport, with its courier."""
 
@@ -266,7 +280,7 @@ async def test_a_silence_at_one_daemon_holds_at_all(place):
             pass
 
 
-async def test_commands_find_the_daemon_of_a_run_and_say_what_is_missing(place, build, tmp_path):
+async def test_commands_find_the_daemon_of_a_run_and_say_what_is_missing(place, build, command_line):
     never = SOON.replace("1.0", "1e9")  # no shard is taken over
     daemons = [await place.start(shard, code=never) for shard in range(2)]
     runs = [name_on(shard, 2) for shard in range(2)]
@@ -275,36 +289,52 @@ async def test_commands_find_the_daemon_of_a_run_and_say_what_is_missing(place, 
         await trainer.send(build.sample(1))
         await trainer.acknowledged(1)
 
-    async def command(*arguments: str) -> tuple[int, str, str]:
-        target = ("--address", ",".join(place.addresses[:2]), "--token-file", str(tmp_path / "operator.token"))
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        done = await asyncio.create_subprocess_exec(sys.executable, "-m", "sharpwatch", *target, *arguments, **options)
-        out, err = await done.communicate()
-        return done.returncode, out.decode(), err.decode()
-
-    status, out, _ = await command("jobs", "--json")
+    status, out, _ = await command_line("jobs", "--json")
     assert (status, [run["run"] for run in json.loads(out)["runs"]]) == (0, sorted(runs))
-    assert (await command("mode", "--all", "observe"))[::2] == (0, "")
+    assert (await command_line("mode", "--all", "observe"))[::2] == (0, "")
     for run in runs:
-        assert await command("mode", run, "enforce") == (0, f"{run}: enforce\n", "")
-        status, out, _ = await command("show", run, "--json")
+        assert await command_line("mode", run, "enforce") == (0, f"{run}: enforce\n", "")
+        status, out, _ = await command_line("show", run, "--json")
         assert (status, json.loads(out)["run"]["mode"]) == (0, "enforce")
-    status, out, _ = await command("decisions", "--audit")
+    status, out, _ = await command_line("decisions", "--audit")
     assert (status, all(run in out for run in runs)) == (0, True)
-    status, out, _ = await command("silence", "add", runs[1], "--for", "1h", "--comment", "night", "--json")
+    status, out, _ = await command_line("silence", "add", runs[1], "--for", "1h", "--comment", "night", "--json")
     assert (status, json.loads(out)["run"]) == (0, runs[1])
 
     assert await daemons[1].exit(signal.SIGKILL) == -signal.SIGKILL
     for arguments in (("jobs",), ("top", "--once"), ("mode", "--all", "observe")):
-        status, out, err = await command(*arguments)
+        status, out, err = await command_line(*arguments)
         assert status == 1
         assert runs[0] in out
         assert f"no answer for shard 1, whose runs are missing ({place.addresses[1]} UNAVAILABLE)" in err
-    assert (await command("show", runs[0]))[0] == 0
-    status, _, err = await command("mode", runs[1], "observe")
+    assert (await command_line("show", runs[0]))[0] == 0
+    status, _, err = await command_line("mode", runs[1], "observe")
     assert status == 1
     assert f"no daemon holds shard 1, which run {runs[1]} is of; {place.addresses[1]} did not answer" in err
-    assert (await command("silence", "list"))[0] == 0
+    assert (await command_line("silence", "list"))[0] == 0
+
+
+async def test_a_list_without_all_daemons_is_refused_once_those_of_it_are_done(place, build, command_line):
+    never = SOON.replace("1.0", "1e9")  # no shard is taken over
+    daemons = [await place.start(shard, 3, code=never) for shard in range(3)]
+    runs = [name_on(shard, 3) for shard in range(3)]
+    for daemon, run in zip(daemons, runs, strict=True):
+        trainer = await daemon.client.train(run, run)
+        await trainer.send(build.sample(1))
+        await trainer.acknowledged(1)
+        assert (await command_line("mode", run, "enforce", of=3))[0] == 0
+    for listed in (2, 1):
+        wrong = f"the daemons have 3 shards, --address lists {listed}: list all, in the order of their shards"
+        status, out, err = await command_line("mode", "--all", "observe", of=listed)
+        assert (status, [run in out for run in runs]) == (1, [shard < listed for shard in range(3)])
+        assert f"mode observe not set for all runs: {wrong}; no answer for shard" in err
+        for arguments in (("jobs",), ("top", "--once"), ("show", runs[2])):
+            status, _, err = await command_line(*arguments, of=listed)
+            assert (status, wrong in err) == (1, True)
+    status, _, err = await command_line("mode", runs[2], "observe", of=2)
+    assert (status, f"run {runs[2]}: the daemons have 3 shards, --address lists 2: list all" in err) == (1, True)
+    modes = [(await state(daemon, run))[1] for daemon, run in zip(daemons, runs, strict=True)]
+    assert modes == ["observe", "observe", "enforce"]
 
 
 # The journal alone.
