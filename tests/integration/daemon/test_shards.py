@@ -262,6 +262,21 @@ async def test_a_run_of_another_daemon_is_refused_with_the_address_of_that_one(p
             await call(request, metadata=first.client.credentials)
 
 
+async def test_a_trainer_whose_list_lacks_the_daemon_of_its_run_says_so(place, train, caplog):
+    for shard in range(2):
+        await place.start(shard)
+    run = name_on(1, 2)
+    agent = train(run, 1)
+    agent.send(1)
+    while not agent.client.connection.refused:
+        await agent._hear()
+        agent.client.flush()
+    listed, holder = place.addresses[:2]
+    reason = f"UNAVAILABLE: run {run}: shard 1 is held by {holder}, which is not in address={listed}"
+    assert agent.client.connection.reason == reason
+    assert f"the daemon at {listed} does not take this run, which is not watched until it does: {reason}" in caplog.text
+
+
 async def test_a_silence_at_one_daemon_holds_at_all(place):
     first, second = await place.start(0), await place.start(1)
     request = pb.AddSilenceRequest(author="ann", reason="night", duration_seconds=600, cause="data")
