@@ -606,7 +606,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
     def _told(self, made: Decision) -> pb.Decision:
         """A decision as a message, which says so where no trainer is there to take its command."""
         message, run = decision_message(made), self._runs.get(made.run)
-        if made.outcome in UNDER_WAY and (run is None or not run.is_live(time.monotonic())):
+        # Of a run whose shard another daemon holds, that one alone knows the trainer.
+        is_ours = self._shards.holds(made.run)
+        if made.outcome in UNDER_WAY and is_ours and (run is None or not run.is_live(time.monotonic())):
             message.waits = f"run {made.run} has no trainer now: its next one gets it"
         return message
 

@@ -277,6 +277,23 @@ async def test_a_trainer_whose_list_lacks_the_daemon_of_its_run_says_so(place, t
     assert f"the daemon at {listed} does not take this run, which is not watched until it does: {reason}" in caplog.text
 
 
+async def test_only_the_daemon_of_a_run_says_that_it_has_no_trainer(place):
+    first, second = await place.start(0), await place.start(1)
+    run = name_on(1, 2)
+    trainer = await second.client.train(run)
+    rates = pb.SetLearningRatesRequest(run=run, multipliers={"qk": 0.5}, author="ann", reason="too sharp")
+    await second.client.operator.SetLearningRates(rates, metadata=second.client.credentials)
+
+    async def waits(daemon) -> str:
+        return (await daemon.client.operator.ListDecisions(pb.ListDecisionsRequest())).decisions[0].waits
+
+    assert [await waits(daemon) for daemon in (first, second)] == ["", ""]
+    await trainer.leave()
+    while not await waits(second):
+        pass  # until the session has ended there, too
+    assert await waits(first) == ""
+
+
 async def test_a_silence_at_one_daemon_holds_at_all(place):
     first, second = await place.start(0), await place.start(1)
     request = pb.AddSilenceRequest(author="ann", reason="night", duration_seconds=600, cause="data")
