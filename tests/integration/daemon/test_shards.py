@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 from contextlib import closing
 from datetime import UTC, datetime
 from itertools import count
+from pathlib import Path
 
 import grpc
 import pytest
+from certificates import Authority
 from daemons import free_port
 from forked import COMMAND_LINE
 from postgresql import postgresql_server
@@ -28,6 +32,7 @@ from sharpwatch.errors import JournalInUseError, ShardLostError, StoreError
 from sharpwatch.v1 import agent_pb2
 from sharpwatch.v1 import operator_pb2 as pb
 
+PAGE = Path(__file__).parents[3] / "docs/scale.md"
 # As in production, but sooner.
 SOON = f"""
 from sharpwatch.daemon import shard_keeper
@@ -292,6 +297,54 @@ async def test_only_the_daemon_of_a_run_says_that_it_has_no_trainer(place):
     while not await waits(second):
         pass  # until the session has ended there, too
     assert await waits(first) == ""
+
+
+async def test_the_configuration_of_the_page_and_its_commands_work_as_printed(url, tmp_path):
+    page = PAGE.read_text(encoding="utf-8")
+    signed = Authority(tmp_path).sign("daemon")
+    # The page's hosts are this one, at different ports.
+    ports = {f"host-{shard}": free_port() for shard in range(2)}
+    replaced = {
+        "/etc/sharpwatch": str(tmp_path),
+        "postgresql+psycopg://sharpwatch@db.example/sharpwatch": url,
+        "0.0.0.0:9741": "0.0.0.0:0",
+        "sharpwatch.yaml": str(tmp_path / "sharpwatch.yaml"),
+        **{f"{host}:7741": f"127.0.0.1:{port}" for host, port in ports.items()},
+    }
+
+    def here(text: str) -> str:
+        for there, ours in replaced.items():
+            text = text.replace(there, ours)
+        return text
+
+    (tmp_path / "sharpwatch.yaml").write_text(here(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1]))
+    assert (tmp_path / "daemon.pem", tmp_path / "daemon.key") == (signed.certificate, signed.key)
+    made = re.findall(r"^    ((?:sharpwatch token|chmod) .*)$", page, re.MULTILINE)
+    served = re.findall(r"^    (sharpwatch serve .*)$", page, re.MULTILINE)
+    used = re.findall(r"^    ((?:export|sharpwatch doctor).*)$", page, re.MULTILINE)
+    environment = {**os.environ, "PYTHON": sys.executable, "XDG_CONFIG_HOME": str(tmp_path)}
+
+    async def shell(*lines: str):
+        code = "\n".join(['set -e; sharpwatch() { "$PYTHON" -m sharpwatch "$@"; }', *map(here, lines)])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment, "cwd": tmp_path}
+        return await asyncio.create_subprocess_exec("bash", "-c", code, **pipes, start_new_session=True)
+
+    assert await (await shell(*made)).wait() == 0
+    daemons = []
+    try:
+        for line, port in zip(served, ports.values(), strict=True):
+            daemons.append(await shell(f"{line} --grpc 0.0.0.0:{port}"))
+        for daemon in daemons:
+            while b'"ready"' not in (line := await daemon.stdout.readline()):
+                assert line
+        done = await shell(*used, "sharpwatch mode --all observe")
+        out = (await done.communicate())[0].decode()
+        assert (out.count("operator: may send commands"), out.endswith("there is no run\n")) == (2, True), out
+        assert done.returncode == 0
+    finally:
+        for daemon in daemons:
+            os.killpg(daemon.pid, signal.SIGTERM)
+            await daemon.communicate()
 
 
 async def test_a_silence_at_one_daemon_holds_at_all(place):
