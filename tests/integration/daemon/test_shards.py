@@ -215,9 +215,25 @@ async def test_a_shard_is_taken_by_one_of_several_and_agents_find_out_which(plac
     assert sequences(url, run) == list(range(1, 11))
     assert not waiting.done()
     for each in daemons[:2]:
-        await each.exit(signal.SIGTERM)
+        await each.exit(signal.SIGKILL)
     with pytest.raises(AssertionError, match="no shard_taken_over in"):
         await waiting
+
+
+async def test_the_shard_of_a_daemon_that_stops_is_taken_without_waiting_for_its_silence(place, train, url):
+    never = SOON.replace("1.0", "1e9")
+    first, second = [await place.start(shard, code=never) for shard in range(2)]
+    run = name_on(0, 2)
+    agent = train(run)
+    await agent.deliver(5)
+    assert await first.exit(signal.SIGTERM) == 0
+    assert (await second.event("shard_taken_over"))["shard"] == 0
+    await agent.deliver(10)
+    third = await place.start(0, code=never)
+    assert (await second.event("shard_handed_over"))["shard"] == 0
+    await agent.deliver(15)
+    await shown(third, run, 15)
+    assert sequences(url, run) == list(range(1, 16))
 
 
 async def test_after_a_restart_of_the_database_each_daemon_has_its_own_shard_again(start, build):
@@ -233,7 +249,7 @@ async def test_after_a_restart_of_the_database_each_daemon_has_its_own_shard_aga
         for shard, daemon in enumerate(daemons):
             held = [await daemon.client.metric(f'sharpwatch_shard_held{{shard="{each}"}}') for each in range(2)]
             assert held == [shard == 0, shard == 1]
-            assert await daemon.exit(signal.SIGTERM) == 0
+            await daemon.exit(signal.SIGKILL)  # one that stops in order is followed at once
             assert not [line for line in daemon.log if line["event"] == "shard_taken_over" and line["shard"] != 1]
         assert sequences(url, name_on(0, 2)) == sequences(url, name_on(1, 2)) == [1]
 
@@ -472,6 +488,18 @@ def test_only_a_shard_whose_daemon_is_gone_can_be_taken(url):
             with pytest.raises(ShardLostError):
                 second.write(PendingWrites())
             assert not first.take(1, "host-0:7741")
+
+
+def test_a_daemon_that_leaves_says_that_it_holds_nothing(url):
+    with closing(journal(url, 1, 2)) as second:
+        with closing(journal(url, 0, 2)) as first:
+            first.look("host-0:7741")
+            assert all(row.holder for row in second.look("host-1:7741"))
+        assert [(row.address, bool(row.holder)) for row in second.look("host-1:7741")] == [
+            ("", False),
+            ("host-1:7741", True),
+        ]
+        assert second.take(0, "host-1:7741")
 
 
 def test_daemons_write_side_by_side_and_find_their_own_commits_again(url):
