@@ -24,7 +24,7 @@ from sharpwatch._version import __version__
 from sharpwatch.cli import output
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.common.endpoint import Address
+from sharpwatch.common.endpoint import Address, split_addresses
 from sharpwatch.errors import OperatorError, TokenFileError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _daemon_checks(options: DaemonOptions, environ: Mapping[str, str]) -> Iterat
         yield CheckResult("token file", "fail", str(error))
         return
     yield check_token(connection)
-    for address in connection.address.split(","):
+    for address in split_addresses(connection.address):
         yield from check_daemon(replace(connection, address=address))
 
 

@@ -79,7 +79,7 @@ def command_line(place, tmp_path):
     """Runs a command with the addresses of the first daemons."""
 
     async def run(*arguments: str, of: int = 2) -> tuple[int, str, str]:
-        target = ("--address", ",".join(place.addresses[:of]), "--token-file", str(tmp_path / "operator.token"))
+        target = ("--address", ", ".join(place.addresses[:of]), "--token-file", str(tmp_path / "operator.token"))
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         done = await asyncio.create_subprocess_exec(sys.executable, "-m", "sharpwatch", *target, *arguments, **options)
         out, err = await done.communicate()
@@ -92,7 +92,7 @@ class Agent:
     """A trainer's own transport, with its courier."""
 
     def __init__(self, addresses, run, build):
-        self.client = CourierHandle(address=",".join(addresses))
+        self.client = CourierHandle(address=", ".join(addresses))
         self.client.send_hello(build.hello(run, f"attempt of {run}", secret=b"its own"))
         self._build = build
         self._sent = 0
