@@ -543,6 +543,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         """Ends a silence before its time."""
         await self._authorize(request, context)
         if request.id not in {silence.id for silence in self._silences}:
+            # Another daemon may have added it since this one last looked.
+            self._silences.follow(await self._look_up(self._store.silences(), context))
+        if request.id not in {silence.id for silence in self._silences}:
             active = [silence.id for silence in self._silences.active(time.time())]
             await refuse_name(context, "silence", request.id, active)
         silences = self._silences.trial() if request.dry_run else self._silences

@@ -381,6 +381,19 @@ async def test_a_silence_at_one_daemon_holds_at_all(place):
             pass
 
 
+async def test_a_silence_is_ended_at_a_daemon_that_has_not_looked_since_it_was_added(place):
+    blind = SOON.replace("0.1, 1.0", "1e9, 1e9")
+    first, second = [await place.start(shard, code=blind) for shard in range(2)]
+    request = pb.AddSilenceRequest(author="ann", reason="night", duration_seconds=600, cause="data")
+    added = (await first.client.operator.AddSilence(request, metadata=first.client.credentials)).silence
+    expired = pb.ExpireSilenceRequest(id=added.id, author="bob", reason="day")
+    answer = await second.client.operator.ExpireSilence(expired, metadata=second.client.credentials)
+    assert (answer.silence.id, answer.silence.expired_by) == (added.id, "bob")
+    expired.id = "none"
+    with pytest.raises(grpc.aio.AioRpcError, match="no silence 'none'"):
+        await second.client.operator.ExpireSilence(expired, metadata=second.client.credentials)
+
+
 async def test_commands_find_the_daemon_of_a_run_and_say_what_is_missing(place, build, command_line):
     never = SOON.replace("1.0", "1e9")  # no shard is taken over
     daemons = [await place.start(shard, code=never) for shard in range(2)]
