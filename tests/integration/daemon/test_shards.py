@@ -236,6 +236,40 @@ async def test_the_shard_of_a_daemon_that_stops_is_taken_without_waiting_for_its
     assert sequences(url, run) == list(range(1, 16))
 
 
+def failing_once(error: str) -> str:
+    """A daemon whose second restore fails at first: that of a shard which it takes over."""
+    return f"""
+from sharpwatch.daemon.run_loader import RunLoader
+from sharpwatch.errors import StoreError
+bring_back_live, calls = RunLoader.bring_back_live, []
+async def bring_back(*given):
+    calls.append(given)
+    if len(calls) == 2:
+        raise {error}
+    return await bring_back_live(*given)
+RunLoader.bring_back_live = bring_back
+{SOON}
+"""
+
+
+async def test_runs_of_another_shard_are_brought_back_once_the_journal_can_be_read(place, train):
+    first = await place.start(0)
+    run = name_on(0, 2)
+    await train(run).deliver(5)
+    second = await place.start(1, code=failing_once("StoreError('the journal is away')"))
+    assert await first.exit(signal.SIGKILL) == -signal.SIGKILL
+    assert (await second.event("not_restored"))["reason"] == "the journal is away"
+    assert (await second.event("ready"))["runs"] == 1
+
+
+async def test_an_error_in_bringing_back_another_shard_is_logged_and_counted(place):
+    first = await place.start(0)
+    second = await place.start(1, code=failing_once("KeyError('a bug')"))
+    assert await first.exit(signal.SIGKILL) == -signal.SIGKILL
+    assert "KeyError: 'a bug'" in (await second.event("not_restored"))["exception"]
+    assert await second.client.metric('sharpwatch_internal_errors_total{where="restore"}') == 1
+
+
 async def test_after_a_restart_of_the_database_each_daemon_has_its_own_shard_again(start, build):
     with postgresql_server(durable=True) as server:
         url, code = server.url(), SOON.replace("1.0", "8.0")  # as in production: longer than they need to reconnect
