@@ -234,6 +234,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         )
         server = GrpcServer(guard, tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
+        shards.address = settings.advertise or address
         for take_up in (partial(configure_runs, runs), alerts.configure, operators.configure):
             rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
@@ -257,7 +258,6 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             keeper = ShardKeeper(
                 shards=shards,
                 store=store,
-                address=settings.advertise or address,
                 runs=runs,
                 loader=loader,
                 pipeline=pipeline,

@@ -44,7 +44,6 @@ class ShardKeeper:
     Args:
         shards: The shards that it holds.
         store: The journal, which the daemons share.
-        address: Where agents reach this daemon.
         runs: The runs that it holds.
         loader: Brings runs back.
         pipeline: Writes out what is known of runs.
@@ -59,7 +58,6 @@ class ShardKeeper:
         *,
         shards: HeldShards,
         store: Store,
-        address: str,
         runs: Runs,
         loader: RunLoader,
         pipeline: Pipeline,
@@ -70,7 +68,6 @@ class ShardKeeper:
     ) -> None:
         self._shards = shards
         self._store = store
-        self._address = address
         self._runs = runs
         self._loader = loader
         self._pipeline = pipeline
@@ -97,9 +94,9 @@ class ShardKeeper:
 
     async def _look(self) -> None:
         try:
-            rows = await self._store.look(self._address)
+            rows = await self._store.look(self._shards.address)
             self._silences.follow(await self._store.silences())
-            self._shards.others_are_at({row.shard: row.address for row in rows if row.address != self._address})
+            self._shards.others_are_at({row.shard: row.address for row in rows if row.address != self._shards.address})
             for row in rows:
                 if not self._shards.is_held(row.shard):
                     if self._is_free(row):
@@ -127,7 +124,7 @@ class ShardKeeper:
         shard = row.shard
         del self._seen[shard]
         told = [row for row in await self._store.notifications() if self._of(shard)(run_of(row))]
-        if not await self._store.take(shard, self._address):
+        if not await self._store.take(shard, self._shards.address):
             return
         self._notifier.restore(told, (), ())
         self._shards.add(shard)

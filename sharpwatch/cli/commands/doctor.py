@@ -225,6 +225,8 @@ def check_daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
         yield CheckResult("daemon", "fail", str(error))
         return
     yield check_version(answer, connection.address)
+    if answer.shards > 1:
+        yield check_shard(answer, connection.address)
     yield check_role(answer)
     yield check_store(answer)
     if answer.http_address:
@@ -246,6 +248,19 @@ def check_version(answer: GetDaemonResponse, address: str) -> CheckResult:
             "daemon", "warn", found, f"this command is {__version__}: install the same version everywhere"
         )
     return CheckResult("daemon", "ok", found)
+
+
+def check_shard(answer: GetDaemonResponse, listed: str) -> CheckResult:
+    """Check that a daemon of one of several shards is listed as other daemons name it."""
+    found = f"{answer.shard}/{answer.shards}, advertised as {answer.address}"
+    if answer.address == listed:
+        return CheckResult("shard", "ok", found)
+    return CheckResult(
+        "shard",
+        "warn",
+        f"{found}, listed as {listed}",
+        "agents and commands follow only addresses of their list: list it as it is advertised, to the letter",
+    )
 
 
 def check_role(answer: GetDaemonResponse) -> CheckResult:

@@ -163,6 +163,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             shard=self._shards.own.index,
             shards=self._shards.own.count,
             shards_held=self._shards,
+            address=self._shards.address,
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:

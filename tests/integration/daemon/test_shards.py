@@ -68,8 +68,8 @@ def place(start, url):
     class Placed:
         addresses = tuple(f"127.0.0.1:{port}" for port in ports)
 
-        async def start(self, shard: int, of: int = 2, code: str = SOON):
-            return await start(code, store=url, shard=f"{shard}/{of}", grpc=self.addresses[shard])
+        async def start(self, shard: int, of: int = 2, code: str = SOON, **changes):
+            return await start(code, store=url, shard=f"{shard}/{of}", grpc=self.addresses[shard], **changes)
 
     return Placed()
 
@@ -460,6 +460,21 @@ async def test_commands_find_the_daemon_of_a_run_and_say_what_is_missing(place, 
     assert status == 1
     assert f"no daemon holds shard 1, which run {runs[1]} is of; {place.addresses[1]} did not answer" in err
     assert (await command_line("silence", "list"))[0] == 0
+
+
+async def test_doctor_says_where_the_list_spells_an_address_otherwise_than_its_daemon(place, command_line):
+    await place.start(0)
+    advertised = place.addresses[1].replace("127.0.0.1", "localhost")
+    await place.start(1, advertise=advertised)
+    status, out, _ = await command_line("doctor", "--json")
+    found = [(each["state"], each["found"]) for each in json.loads(out)["checks"] if each["check"] == "shard"]
+    assert (status, found) == (
+        0,
+        [
+            ("ok", f"0/2, advertised as {place.addresses[0]}"),
+            ("warn", f"1/2, advertised as {advertised}, listed as {place.addresses[1]}"),
+        ],
+    )
 
 
 async def test_a_list_without_all_daemons_is_refused_once_those_of_it_are_done(place, build, command_line):
