@@ -494,8 +494,11 @@ async def test_a_list_without_all_daemons_is_refused_once_those_of_it_are_done(p
         for arguments in (("jobs",), ("top", "--once"), ("show", runs[2])):
             status, _, err = await command_line(*arguments, of=listed)
             assert (status, wrong in err) == (1, True)
-    status, _, err = await command_line("mode", runs[2], "observe", of=2)
-    assert (status, f"run {runs[2]}: the daemons have 3 shards, --address lists 2: list all" in err) == (1, True)
+    for arguments in (("mode", runs[2], "observe"), ("lr", "set", runs[2], "qk=0.5", "--reason", "too sharp")):
+        status, _, err = await command_line(*arguments, of=2)
+        assert (status, f"run {runs[2]}: the daemons have 3 shards, --address lists 2: list all" in err) == (1, True)
+        status, _, err = await command_line(*arguments, of=1)
+        assert (status, held_by(2, place.addresses[2]) in err) == (1, True)
     modes = [(await state(daemon, run))[1] for daemon, run in zip(daemons, runs, strict=True)]
     assert modes == ["observe", "observe", "enforce"]
 
