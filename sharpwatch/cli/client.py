@@ -17,7 +17,7 @@ import grpc
 
 from sharpwatch.cli.options import DaemonOptions, Decorator
 from sharpwatch.cli.shards import OperatorStub
-from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_addresses
+from sharpwatch.common.endpoint import DEFAULT_ADDRESS, parse_addresses, split_addresses
 from sharpwatch.common.tls import Tls, channel_credentials, tls_variables
 from sharpwatch.common.token_file import default_token_file, read_token, token_path
 from sharpwatch.errors import OperatorError, TokenFileError
@@ -186,7 +186,7 @@ def connected(connection: DaemonConnection, deadline: float = _CALL_SECONDS) -> 
                 stack.enter_context(_channel(replace(connection, address=each))),
                 _TokenInterceptor(connection.token, deadline),
             )
-            for each in connection.address.split(",")
+            for each in split_addresses(connection.address)
         }
         stub = OperatorStub(channels)
         try:

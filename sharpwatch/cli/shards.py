@@ -20,7 +20,7 @@ class ShardedChannel:
     """What stubs use of a `grpc.Channel`, over the channels of several daemons.
 
     A call about a run goes to whoever holds its shard, a list of runs is of all daemons, and any other call goes to one
-    that answers: they share the journal.
+    that answers: they share the journal. With one daemon all calls go to that.
 
     Args:
         channels: The daemons' channels by address, in the order of their shards.
@@ -56,6 +56,8 @@ class ShardedChannel:
         Raises:
             OperatorError: None of them holds the shard of its run, or none answers.
         """
+        if len(self._addresses) == 1:
+            return self.address
         run = getattr(request, "run", "")
         if run in self._listed:
             self.address = self._listed[run]
@@ -67,6 +69,9 @@ class ShardedChannel:
                 self.address = self._addresses[shard]
                 return self.address
         if run:
+            for facts in filter(None, self._facts.values()):
+                if facts.shards != count:
+                    raise OperatorError(f"run {run}: {_wrong_list(facts.shards, count)}")
             raise OperatorError(
                 f"no daemon holds shard {shard_of(run, count)}, which run {run} is of; {self._silent()}"
                 "another one takes a shard within 30 s of its daemon's end"
@@ -85,6 +90,7 @@ class ShardedChannel:
         """The runs of all daemons, all pages of them; `missing` says whose are not among them."""
         runs: dict[str, Run] = {}
         held: set[int] = set()
+        shards = 0
         failed: dict[str, str] = {}
         tokens = dict.fromkeys(self._addresses, request.page_token)
         while tokens:
@@ -95,29 +101,32 @@ class ShardedChannel:
                 try:
                     answer = call.result()
                 except grpc.RpcError as error:
-                    if error.code() not in _SILENT:
+                    if error.code() not in _SILENT or len(calls) == 1:
                         self.address = address
                         raise
                     failed[address] = error.code().name
                     continue
-                held.update(answer.shards_held)
+                # An earlier daemon says nothing of shards: it has all runs.
+                shards = answer.shards or 1
+                held.update(answer.shards_held if answer.shards else {0})
                 runs.update((run.run, run) for run in answer.runs)
                 self._listed.update((run.run, address) for run in answer.runs)
                 if answer.next_page_token:
                     tokens[address] = answer.next_page_token
-        self.missing = self._missing(held, failed)
+        self.missing = self._missing(held, shards or len(calls), failed)
         in_order = sorted(runs.values(), key=lambda run: (run.training_job, run.run))
-        return ListRunsResponse(runs=in_order, shards_held=sorted(held))
+        return ListRunsResponse(runs=in_order, shards_held=sorted(held), shards=shards)
 
-    def _missing(self, held: set[int], failed: Mapping[str, str]) -> str:
+    def _missing(self, held: set[int], shards: int, failed: Mapping[str, str]) -> str:
+        listed = len(self._addresses)
+        found = [] if shards == listed else [_wrong_list(shards, listed)]
         # By what was answered, since a daemon that is gone is missed only until another one has its shard.
-        shards = [str(shard) for shard in range(len(self._addresses)) if shard not in held]
-        if not shards:
-            return ""
-        why = ", ".join(f"{address} {code}" for address, code in failed.items()) or "all daemons answer"
-        return (
-            f"no answer for shard{'s' if len(shards) > 1 else ''} {', '.join(shards)}, whose runs are missing ({why})"
-        )
+        without = [str(shard) for shard in range(shards) if shard not in held]
+        if without:
+            several = "s" if len(without) > 1 else ""
+            why = ", ".join(f"{address} {code}" for address, code in failed.items()) or "all daemons answer"
+            found.append(f"no answer for shard{several} {', '.join(without)}, whose runs are missing ({why})")
+        return "; ".join(found)
 
     def _ask(self, address: str) -> GetDaemonResponse | None:
         """What a daemon says of itself; None where it does not answer."""
@@ -146,8 +155,7 @@ class OperatorStub(OperatorServiceStub):
 
     def __init__(self, channels: Mapping[str, grpc.Channel]) -> None:
         self._channel = ShardedChannel(channels)
-        (only, *others) = channels.values()
-        super().__init__(self._channel if others else only)  # type: ignore[call-arg]  # its types know __new__ alone
+        super().__init__(self._channel)  # type: ignore[call-arg]  # its types know __new__ alone
 
     @property
     def address(self) -> str:
@@ -203,6 +211,11 @@ class _AllRuns(_Call):
         """Asks all of them."""
         del timeout
         return self._channel.list_runs(self._calls, request)
+
+
+def _wrong_list(shards: int, listed: int) -> str:
+    has = "daemon has 1 shard" if shards == 1 else f"daemons have {shards} shards"
+    return f"the {has}, --address lists {listed}: list all, in the order of their shards"
 
 
 def _page(request: ListRunsRequest, token: str) -> ListRunsRequest:

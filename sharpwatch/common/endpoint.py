@@ -73,16 +73,21 @@ def parse_address(text: str, *, sockets: bool = True, listen: bool = False) -> A
     return Address(text)
 
 
+def split_addresses(text: str) -> list[str]:
+    """The addresses in a list, with commas and any spaces between them."""
+    return [each.strip() for each in text.split(",")]
+
+
 def parse_addresses(text: str) -> tuple[Address, ...]:
     """Read the addresses of the daemons of all shards, in the order of these; most often there is one.
 
     Args:
-        text: As of `parse_address`, with a comma between two of them.
+        text: As of `parse_address`, with a comma between two of them, and spaces there if one likes.
 
     Raises:
         ValueError: One is no such address, or is there twice.
     """
-    addresses = tuple(map(parse_address, text.split(","))) if isinstance(text, str) else (parse_address(text),)
+    addresses = tuple(map(parse_address, split_addresses(text))) if isinstance(text, str) else (parse_address(text),)
     if len(set(addresses)) < len(addresses):
         raise ValueError(f"expected a different address for each shard, got {text!r}")
     return addresses

@@ -43,7 +43,7 @@ from sharpwatch.daemon.pipeline import Pipeline
 from sharpwatch.daemon.rules import Rules, configure_runs
 from sharpwatch.daemon.run_loader import RunLoader
 from sharpwatch.daemon.runs.run import Runs
-from sharpwatch.daemon.shard_keeper import ShardKeeper, run_of
+from sharpwatch.daemon.shard_keeper import LOOK_SECONDS, ShardKeeper, run_of
 from sharpwatch.daemon.storage import catalog
 from sharpwatch.daemon.storage.journal import Store
 from sharpwatch.errors import SharpwatchError, StoreError
@@ -234,6 +234,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
         )
         server = GrpcServer(guard, tls, most=limits.grpc)
         address = await server.start(settings.grpc, agents, operators, reflects=settings.reflection)
+        shards.address = settings.advertise or address
         for take_up in (partial(configure_runs, runs), alerts.configure, operators.configure):
             rules.follow(take_up)
         # Only once every address is bound, so that a start which fails has no worker to stop.
@@ -246,7 +247,7 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             asyncio.create_task(asking.run(gate), name="gate"),
         ]
         log.info("serving", grpc=address, http=http, device=estimator.device, store=store.name, version=__version__)
-        restore = partial(_restore, loader, runs, store, notifier, settings.stale_after)
+        restore = partial(_restore, loader, runs, store, notifier, pipeline, settings.stale_after)
 
         async def ready() -> None:
             restored.set()
@@ -257,7 +258,6 @@ async def serving(config: Config, rules: Rules | None = None) -> AsyncIterator[D
             keeper = ShardKeeper(
                 shards=shards,
                 store=store,
-                address=settings.advertise or address,
                 runs=runs,
                 loader=loader,
                 pipeline=pipeline,
@@ -292,43 +292,57 @@ async def _restore(  # noqa: PLR0913, PLR0917  what comes back, and who is told
     runs: Runs,
     store: Store,
     notifier: Notifier,
+    pipeline: Pipeline,
     live_for: float,
     of: Callable[[str], bool],
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Brings back the live runs that this daemon has from now on, while it serves; then those that may be needed.
 
+    Where the journal can't be read, it tries again until it can.
+
     Args:
         loader: Brings them back.
         runs: Where they are then.
         store: The journal.
         notifier: Goes on with what the journal has of their notifications.
+        pipeline: Counts an error of the daemon itself, which leaves them in the journal until they are asked for.
         live_for: Seconds since a run was heard of.
         of: Which of the runs that it holds are meant.
         ready: Called once the live ones are back.
     """
     began = time.monotonic()
-    try:
-        rest = await loader.bring_back_live(time.time() - live_for, of)
-        rows = [row for row in await store.notifications() if loader.holds(run_of(row)) and of(run_of(row))]
-        # Of ended runs, too: the webhook may not know yet how it ended.
-        incidents, decisions = await store.ask(partial(catalog.told, ids=[row.fingerprint for row in rows]))
-        mine = [run for run in runs if of(run.name)]
-        kept = {each.id: each for each in incidents} | {
-            each.id: each for run in mine for each in run.controller.incidents
-        }
-        made = {each.id: each for each in decisions} | {
-            each.id: each for run in mine for each in run.controller.decisions
-        }
-        notifier.restore((), kept.values(), made.values())
-    except StoreError as error:
-        # Each run is asked for again by its trainer, and by whoever names it.
-        log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
-        return
+    while True:
+        try:
+            rest = await _restore_live(loader, runs, store, notifier, live_for, of)
+            break
+        except StoreError as error:
+            # Meanwhile each run is asked for again by its trainer, and by whoever names it.
+            log.error("not_restored", reason=str(error))  # noqa: TRY400  the message is the reason
+            await asyncio.sleep(LOOK_SECONDS)
+        except Exception:  # nobody awaits this task, and would hear of it; counted
+            pipeline.count_internal_error("restore")
+            log.exception("not_restored")
+            return
     if ready is not None:
         await ready()
-    log.info("ready", runs=len(mine), seconds=round(time.monotonic() - began, 3))
+    log.info("ready", runs=sum(of(run.name) for run in runs), seconds=round(time.monotonic() - began, 3))
     await loader.bring_back(rest)
+
+
+async def _restore_live(  # noqa: PLR0913, PLR0917  as above
+    loader: RunLoader, runs: Runs, store: Store, notifier: Notifier, live_for: float, of: Callable[[str], bool]
+) -> list[str]:
+    """Brings back the live runs with their notifications; returns the names of those that may be needed."""
+    rest = await loader.bring_back_live(time.time() - live_for, of)
+    rows = [row for row in await store.notifications() if loader.holds(run_of(row)) and of(run_of(row))]
+    # Of ended runs, too: the webhook may not know yet how it ended.
+    incidents, decisions = await store.ask(partial(catalog.told, ids=[row.fingerprint for row in rows]))
+    mine = [run for run in runs if of(run.name)]
+    kept = {each.id: each for each in incidents} | {each.id: each for run in mine for each in run.controller.incidents}
+    made = {each.id: each for each in decisions} | {each.id: each for run in mine for each in run.controller.decisions}
+    notifier.restore((), kept.values(), made.values())
+    return rest
 
 
 def _controller(

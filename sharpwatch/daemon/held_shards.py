@@ -23,10 +23,14 @@ class HeldShards:
 
     Args:
         own: The daemon's own shard.
+
+    Attributes:
+        address: Where agents reach this daemon, once it serves.
     """
 
     def __init__(self, own: Shard = WHOLE) -> None:
         self.own = own
+        self.address = ""
         self._since: dict[int, Since] = {}
         self.add(own.index)
         self._addresses: Mapping[int, str] = {}

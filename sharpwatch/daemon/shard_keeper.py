@@ -1,8 +1,9 @@
 """Keeps the daemon's shards: shows the other daemons that it lives, takes over theirs, and hands shards back.
 
-All of it goes by the database. Each daemon looks there every few seconds. A shard whose daemon no longer shows that it
-lives is taken by whoever gets its lock first; where it still has the lock, it is slow and not dead, and keeps it. When
-a shard's own daemon comes back it asks for the shard, and whoever holds it writes out what it knows and lets go.
+All of it goes by the database. Each daemon looks there every few seconds. A shard whose daemon has left, or no longer
+shows that it lives, is taken by whoever gets its lock first; where it still has the lock, it is slow and not dead, and
+keeps it. When a shard's own daemon comes back it asks for the shard, and whoever holds it writes out what it knows and
+lets go.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ class ShardKeeper:
     Args:
         shards: The shards that it holds.
         store: The journal, which the daemons share.
-        address: Where agents reach this daemon.
         runs: The runs that it holds.
         loader: Brings runs back.
         pipeline: Writes out what is known of runs.
@@ -58,7 +58,6 @@ class ShardKeeper:
         *,
         shards: HeldShards,
         store: Store,
-        address: str,
         runs: Runs,
         loader: RunLoader,
         pipeline: Pipeline,
@@ -69,7 +68,6 @@ class ShardKeeper:
     ) -> None:
         self._shards = shards
         self._store = store
-        self._address = address
         self._runs = runs
         self._loader = loader
         self._pipeline = pipeline
@@ -96,12 +94,12 @@ class ShardKeeper:
 
     async def _look(self) -> None:
         try:
-            rows = await self._store.look(self._address)
+            rows = await self._store.look(self._shards.address)
             self._silences.follow(await self._store.silences())
-            self._shards.others_are_at({row.shard: row.address for row in rows if row.address != self._address})
+            self._shards.others_are_at({row.shard: row.address for row in rows if row.address != self._shards.address})
             for row in rows:
                 if not self._shards.is_held(row.shard):
-                    if self._is_silent(row):
+                    if self._is_free(row):
                         await self._take_over(row)
                 elif row.shard != self._shards.own.index and row.wanted:
                     await self._hand_over(row.shard)
@@ -111,20 +109,22 @@ class ShardKeeper:
             log.warning("shards_not_seen", reason=str(error))
             self._seen.clear()  # the others may have had the same trouble
 
-    def _is_silent(self, row: ShardRow) -> bool:
-        """Whether nobody has shown for long that they hold a shard."""
+    def _is_free(self, row: ShardRow) -> bool:
+        """Whether a shard's daemon has left, or nobody has shown for long that they hold it."""
         now = time.monotonic()
         last, since = self._seen.get(row.shard, (None, now))
         if row != last:
             since = now
         self._seen[row.shard] = row, since
-        return now - since >= SILENT_SECONDS
+        # Not at the first look, since daemons are started together, nor while its own daemon is about to take it.
+        has_left = last is not None and not (row.holder or row.wanted)
+        return has_left or now - since >= SILENT_SECONDS
 
     async def _take_over(self, row: ShardRow) -> None:
         shard = row.shard
         del self._seen[shard]
         told = [row for row in await self._store.notifications() if self._of(shard)(run_of(row))]
-        if not await self._store.take(shard, self._address):
+        if not await self._store.take(shard, self._shards.address):
             return
         self._notifier.restore(told, (), ())
         self._shards.add(shard)

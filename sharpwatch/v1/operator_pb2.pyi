@@ -1179,6 +1179,7 @@ class GetDaemonResponse(google.protobuf.message.Message):
     SHARD_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
     SHARDS_HELD_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     version: builtins.str
     protocol: builtins.int
     uptime_seconds: builtins.float
@@ -1195,6 +1196,8 @@ class GetDaemonResponse(google.protobuf.message.Message):
     shard: builtins.int
     """Its own shard of the runs, of how many, and those that it holds: those of daemons that are gone as well."""
     shards: builtins.int
+    address: builtins.str
+    """Where agents reach it, as other daemons name it."""
     @property
     def shards_held(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -1214,8 +1217,9 @@ class GetDaemonResponse(google.protobuf.message.Message):
         shard: builtins.int = ...,
         shards: builtins.int = ...,
         shards_held: collections.abc.Iterable[builtins.int] | None = ...,
+        address: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "shard", b"shard", "shards", b"shards", "shards_held", b"shards_held", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "takes_dry_run", b"takes_dry_run", "uptime_seconds", b"uptime_seconds", "version", b"version"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["address", b"address", "device", b"device", "http_address", b"http_address", "protocol", b"protocol", "role", b"role", "runs", b"runs", "shard", b"shard", "shards", b"shards", "shards_held", b"shards_held", "store", b"store", "store_error", b"store_error", "store_writable", b"store_writable", "takes_dry_run", b"takes_dry_run", "uptime_seconds", b"uptime_seconds", "version", b"version"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetDaemonResponse: typing_extensions.TypeAlias = GetDaemonResponse
@@ -1256,15 +1260,17 @@ class ListRunsResponse(google.protobuf.message.Message):
     RUNS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     SHARDS_HELD_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """Empty on the last page."""
+    shards: builtins.int
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Run]:
         """Pages begin with the runs whose newest attempt began last; within a page they are sorted by training job and name."""
 
     @property
     def shards_held(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The shards whose runs these are; the others are other daemons'."""
+        """The shards whose runs these are, of how many; the others are other daemons'."""
 
     def __init__(
         self,
@@ -1272,8 +1278,9 @@ class ListRunsResponse(google.protobuf.message.Message):
         runs: collections.abc.Iterable[Global___Run] | None = ...,
         next_page_token: builtins.str = ...,
         shards_held: collections.abc.Iterable[builtins.int] | None = ...,
+        shards: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "shards_held", b"shards_held"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "shards", b"shards", "shards_held", b"shards_held"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___ListRunsResponse: typing_extensions.TypeAlias = ListRunsResponse

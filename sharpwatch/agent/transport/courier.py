@@ -204,7 +204,9 @@ class Courier:
         finally:
             is_open, self._open = self._open, False
         _LOG.info("session with %s ended: %s", self._route.target, reason)
-        self._to_trainer.disconnected(reason, refused=refused)
+        # Nobody will watch the run of an agent whose list lacks a daemon: the trainer's own log must say so.
+        unlisted = "" if is_open else self._route.unlisted(reason)
+        self._to_trainer.disconnected(reason + unlisted, refused=refused or bool(unlisted))
         if is_open:
             self._route.restart()
         elif not refused and self._route.turned_away(reason):

@@ -31,6 +31,11 @@ class Route:
         self._place, self._holder = 0, ""
         self.target = self._order[0]
 
+    def unlisted(self, reason: str) -> str:
+        """Says that the daemon named in `reason` is none of those that were given; empty where it is, or none is."""
+        holder = holder_in(reason)
+        return "" if holder in {"", *self._targets} else f", which is not in address={','.join(self._targets)}"
+
     def turned_away(self, reason: str) -> bool:
         """Goes on to another daemon: the one named in `reason`, or the next one.
 

@@ -335,7 +335,7 @@ def failure_of(decision: Decision, timeout: float | None, wanted: Collection[str
 
 def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Decision:
     """The settled decision, or its state after `timeout` seconds."""
-    events: SimpleQueue[Decision | grpc.RpcError | None] = SimpleQueue()
+    events: SimpleQueue[Decision | grpc.RpcError | OperatorError | None] = SimpleQueue()
     # In another thread: a Ctrl-C inside gRPC can leave one of its locks held, and then closing the channel, which ends
     # the thread, would never return.
     threading.Thread(target=_listen, args=(stub, decision.id, timeout, events), daemon=True).start()
@@ -344,6 +344,8 @@ def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Deci
         item = events.get()
         if item is None:
             break
+        if isinstance(item, OperatorError):
+            raise item
         if isinstance(item, grpc.RpcError):
             # The deadline of the stream is the user's --timeout, which the caller reports with the decision's state.
             if item.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -354,13 +356,16 @@ def _wait(stub: OperatorServiceStub, decision: Decision, timeout: float) -> Deci
 
 
 def _listen(
-    stub: OperatorServiceStub, id_: str, timeout: float, events: SimpleQueue[Decision | grpc.RpcError | None]
+    stub: OperatorServiceStub,
+    id_: str,
+    timeout: float,
+    events: SimpleQueue[Decision | grpc.RpcError | OperatorError | None],
 ) -> None:
     """Put every state of the decision into `events`, then the error that ended the stream, or None."""
     try:
         for response in stub.WatchDecision(WatchDecisionRequest(id=id_), timeout=timeout):
             events.put(response.decision)
-    except grpc.RpcError as error:
+    except (grpc.RpcError, OperatorError) as error:  # the second where no daemon of several answers
         events.put(error)
     else:
         events.put(None)

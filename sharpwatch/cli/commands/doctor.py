@@ -24,7 +24,7 @@ from sharpwatch._version import __version__
 from sharpwatch.cli import output
 from sharpwatch.cli.options import DaemonCommand, DaemonOptions
 from sharpwatch.cli.output import Grid, print_answer
-from sharpwatch.common.endpoint import Address
+from sharpwatch.common.endpoint import Address, split_addresses
 from sharpwatch.errors import OperatorError, TokenFileError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _daemon_checks(options: DaemonOptions, environ: Mapping[str, str]) -> Iterat
         yield CheckResult("token file", "fail", str(error))
         return
     yield check_token(connection)
-    for address in connection.address.split(","):
+    for address in split_addresses(connection.address):
         yield from check_daemon(replace(connection, address=address))
 
 
@@ -225,6 +225,8 @@ def check_daemon(connection: DaemonConnection) -> Iterator[CheckResult]:
         yield CheckResult("daemon", "fail", str(error))
         return
     yield check_version(answer, connection.address)
+    if answer.shards > 1:
+        yield check_shard(answer, connection.address)
     yield check_role(answer)
     yield check_store(answer)
     if answer.http_address:
@@ -246,6 +248,19 @@ def check_version(answer: GetDaemonResponse, address: str) -> CheckResult:
             "daemon", "warn", found, f"this command is {__version__}: install the same version everywhere"
         )
     return CheckResult("daemon", "ok", found)
+
+
+def check_shard(answer: GetDaemonResponse, listed: str) -> CheckResult:
+    """Check that a daemon of one of several shards is listed as other daemons name it."""
+    found = f"{answer.shard}/{answer.shards}, advertised as {answer.address}"
+    if answer.address == listed:
+        return CheckResult("shard", "ok", found)
+    return CheckResult(
+        "shard",
+        "warn",
+        f"{found}, listed as {listed}",
+        "agents and commands follow only addresses of their list: list it as it is advertised, to the letter",
+    )
 
 
 def check_role(answer: GetDaemonResponse) -> CheckResult:

@@ -22,6 +22,7 @@ import structlog
 
 from sharpwatch.common.credentials import Credential, Role, hash_token, read_credentials
 from sharpwatch.common.endpoint import Address
+from sharpwatch.common.shards import parse_shard
 from sharpwatch.common.token_file import make_token, read_token, token_path
 from sharpwatch.common.watched_file import WatchedFile
 from sharpwatch.daemon.config.settings import DaemonConfig
@@ -36,6 +37,8 @@ _OWN = "operator"  # the name of who shows the operator's own token, or comes ov
 def check_doors(settings: DaemonConfig) -> None:
     """Refuses addresses that other machines could reach without showing who they are, or that would show a token.
 
+    Nor may a daemon of several have agents sent to an address that is none.
+
     Raises:
         SharpwatchError: Names the key, and what is needed.
     """
@@ -47,6 +50,11 @@ def check_doors(settings: DaemonConfig) -> None:
             if not settings.credentials
             else f"grpc {address}: tokens would cross the network unencrypted; other addresses than loopback and "
             "unix:PATH need daemon.tls"
+        )
+    if parse_shard(settings.shard).count > 1 and not (settings.advertise or address.is_local):
+        raise SharpwatchError(
+            f"advertise: shard {settings.shard} needs it where grpc is {address}: HOST:PORT where agents reach this "
+            "daemon, as it stands in their list of addresses (--advertise)"
         )
     if settings.tls is not None and settings.tls.client_roles and not settings.tls.client_ca:
         raise SharpwatchError("tls.client_roles: it needs tls.client_ca, whose authorities sign clients' certificates")

@@ -163,6 +163,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             shard=self._shards.own.index,
             shards=self._shards.own.count,
             shards_held=self._shards,
+            address=self._shards.address,
         )
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -176,6 +177,7 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
             runs=sorted((*held, *others), key=lambda run: (run.training_job, run.run)),
             next_page_token=str(page.last) if page.last else "",
             shards_held=self._shards,
+            shards=self._shards.own.count,
         )
 
     async def _page(self, request: pb.ListRunsRequest, context: Context) -> RunPage:
@@ -542,6 +544,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
         """Ends a silence before its time."""
         await self._authorize(request, context)
         if request.id not in {silence.id for silence in self._silences}:
+            # Another daemon may have added it since this one last looked.
+            self._silences.follow(await self._look_up(self._store.silences(), context))
+        if request.id not in {silence.id for silence in self._silences}:
             active = [silence.id for silence in self._silences.active(time.time())]
             await refuse_name(context, "silence", request.id, active)
         silences = self._silences.trial() if request.dry_run else self._silences
@@ -605,7 +610,9 @@ class OperatorService(OperatorCalls, OperatorServiceServicer):
     def _told(self, made: Decision) -> pb.Decision:
         """A decision as a message, which says so where no trainer is there to take its command."""
         message, run = decision_message(made), self._runs.get(made.run)
-        if made.outcome in UNDER_WAY and (run is None or not run.is_live(time.monotonic())):
+        # Of a run whose shard another daemon holds, that one alone knows the trainer.
+        is_ours = self._shards.holds(made.run)
+        if made.outcome in UNDER_WAY and is_ours and (run is None or not run.is_live(time.monotonic())):
             message.waits = f"run {made.run} has no trainer now: its next one gets it"
         return message
 

@@ -267,7 +267,12 @@ class PostgresqlDatabase(Database):
         """Does nothing: a server does not lose commits unseen."""
 
     def close(self) -> None:
-        """Closes the connection, and with it releases the lock."""
+        """Closes the connection, and with it releases the locks; others need not wait to see that nobody has them."""
+        # Not by a new connection: by then another daemon may have taken them.
+        if self._connection is not None:
+            with suppress(StoreError):  # they are free nevertheless, and are taken in a while
+                for shard in sorted(self._locks.held):
+                    self.give(shard)
         self._drop()
 
     def _make_engine(self, url: URL) -> Engine:

@@ -88,6 +88,10 @@ def test_what_is_not_configured_is_said_too(described):
             '{grpc: "0.0.0.0:7741", credentials: "c.yaml", tls: {certificate: "c.pem", key: "k.pem"}}',
             "",
         ),
+        (
+            '{grpc: "0.0.0.0:1", credentials: c, tls: {certificate: c, key: k}, shard: "0/2"}',
+            "daemon.advertise: shard 0/2 needs it where grpc is 0.0.0.0:1",
+        ),
     ],
 )
 def test_an_address_that_the_daemon_would_not_serve_is_refused(tmp_path, capsys, daemon, refused):

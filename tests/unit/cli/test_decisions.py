@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sharpwatch.cli.commands.decisions import transition_table
+from types import SimpleNamespace
+
+import pytest
+
+from sharpwatch.cli.commands.decisions import answered, transition_table
+from sharpwatch.errors import OperatorError
 from sharpwatch.v1.operator_pb2 import Decision, ListTransitionsResponse, OperatorEvent, Transition
 
 RECOVERED = Decision(
@@ -53,3 +58,11 @@ def test_what_an_operator_asked_for_beside_stands_at_its_time():
         ("–", "–", "gpt2-a1", "lr set", "refused", "ann", "too slow; qk=100 is outside the run's lr_bounds"),
         ("410", "d1", "gpt2-a1", "scale_lr", "approved", "ann", "LossSpike"),
     ]
+
+
+def test_a_decision_is_not_waited_for_where_no_daemon_answers():
+    def silent(*_, **__):
+        raise OperatorError("no daemon answers")
+
+    with pytest.raises(OperatorError, match="no daemon answers"):
+        answered(SimpleNamespace(WatchDecision=silent), Decision(id="d9", outcome="sent"), 30.0)

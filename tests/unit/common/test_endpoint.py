@@ -5,7 +5,7 @@ import random
 import pytest
 
 from sharpwatch.agent.transport.courier import FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS
-from sharpwatch.common.endpoint import Backoff, parse_address, without_password
+from sharpwatch.common.endpoint import Backoff, parse_address, parse_addresses, without_password
 
 NO_ADDRESS = """
 localhost localhost: :7741 localhost:0 localhost:65536 localhost:-1 http://localhost:7741 dns:///a:1 ::1:7741 [::1]
@@ -54,6 +54,12 @@ def test_the_path_of_a_socket_survives_a_chdir(tmp_path, monkeypatch):
 )
 def test_loopback(address, loopback):
     assert parse_address(address).is_loopback is loopback
+
+
+def test_a_list_may_have_spaces():
+    assert [each.target for each in parse_addresses("a:1, b:2 ,unix:/run/s.sock")] == ["a:1", "b:2", "unix:/run/s.sock"]
+    with pytest.raises(ValueError, match="a different address for each shard"):
+        parse_addresses("a:1, a:1")
 
 
 def test_waits_double_up_to_the_last_and_fall_back():

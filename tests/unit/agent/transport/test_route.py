@@ -41,6 +41,9 @@ def test_a_daemon_can_not_send_it_to_an_address_that_it_was_not_given():
     of = route()
     assert not of.turned_away(held_by(0, "evil:7741"))
     assert of.target == ORDER[1]
+    assert of.unlisted(held_by(0, "evil:7741")) == ", which is not in address=a:1,b:1,c:1"
+    for reason in ("connection refused", held_by(0, ORDER[2]), held_by(0, "")):
+        assert not of.unlisted(reason)
 
 
 def test_with_one_daemon_it_is_always_that_one():

@@ -26,6 +26,16 @@ def test_anything_else_is_refused_with_what_is_allowed(address):
     check_doors(DaemonConfig(grpc=address, credentials="/c", tls=tls))
 
 
+def test_a_daemon_of_several_says_where_agents_reach_it():
+    safe = {"credentials": "/c", "tls": TlsConfig("/c.pem", "/k.pem"), "shard": "1/2"}
+    with pytest.raises(
+        SharpwatchError, match=r"advertise: shard 1/2 needs it where grpc is 0\.0\.0\.0:7741: HOST:PORT"
+    ):
+        check_doors(DaemonConfig(grpc="0.0.0.0:7741", **safe))
+    for fine in ({"advertise": "host-1:7741"}, {"grpc": "127.0.0.1:7741"}, {"shard": "0/1"}):
+        check_doors(DaemonConfig(**{"grpc": "0.0.0.0:7741", **safe, **fine}))
+
+
 def test_metrics_for_a_token_are_not_served_over_the_network_in_the_clear():
     asked = {"http": "0.0.0.0:9741", "metrics_auth": "token"}
     with pytest.raises(SharpwatchError, match=r"tokens would cross the network unencrypted; it needs daemon\.tls"):
