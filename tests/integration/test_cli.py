@@ -41,6 +41,7 @@ class Operator(OperatorServiceServicer):
     watched: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
     dry_runs: bool = False
+    waits: str = ""  # that no trainer is there, in what is sent
     closed: set = field(default_factory=set)  # names of runs
     gone: set = field(default_factory=set)  # names of runs that the daemon has dropped by the time they are set
 
@@ -89,7 +90,9 @@ class Operator(OperatorServiceServicer):
         await self._authorized(context)
         if "nope" in request.multipliers:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "block 'nope': the run has emb, qk, vo")
-        decision = sent("d1", request.run, action="set_lr", revision=3, multipliers=request.multipliers)
+        decision = sent(
+            "d1", request.run, action="set_lr", revision=3, multipliers=request.multipliers, waits=self.waits
+        )
         return pb.SetLearningRatesResponse(decision=self._keep(request, decision))
 
     async def UndoLearningRates(self, request, context):
@@ -231,6 +234,16 @@ async def test_lr_set_waits_for_the_trainer_and_says_what_it_did(operator, start
         author="ada@node3",
         reason="spikes",
     )
+
+
+async def test_a_trainer_that_has_just_started_is_waited_for(operator, start):
+    operator.waits = "run gpt2-a1 has no trainer now: its next one gets it"
+    process = await start("lr", "set", "gpt2-a1", "qk=0.5")
+    await operator.watched.wait()
+    operator.answer.set_result(pb.Decision(outcome="applied", applied_step=1))
+    out, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+    assert out.startswith(b"revision 3 applied at step 1: qk 0.5\n")
 
 
 async def test_a_trainer_that_refuses_is_a_failure_that_says_why(operator, cli):

@@ -42,6 +42,7 @@ from sharpwatch.v1.operator_pb2 import (
 from sharpwatch.v1.operator_pb2_grpc import OperatorServiceStub
 
 _LISTED = 20  # decisions, by default
+_CONNECTS_SECONDS = 10.0  # in which a trainer that has just started connects: with its first step
 _DONE = frozenset({"applied", "recovered", "worse", "no-effect", "inconclusive", "observed"})
 
 
@@ -311,10 +312,12 @@ def follow(  # noqa: PLR0913 - keyword-only, and two of them for one caller each
 def answered(stub: OperatorServiceStub, decision: Decision, timeout: float | None) -> Decision:
     """A decision once the trainer has answered, or as it is after `timeout` seconds; None does not wait.
 
-    Nor is one waited for that no trainer is there to take.
+    Where no trainer is there, one that has just started may be about to connect: that is waited for, and no longer.
     """
-    if timeout is None or decision.outcome not in PENDING or decision.waits:
+    if timeout is None or decision.outcome not in PENDING:
         return decision
+    if decision.waits:
+        timeout = min(timeout, _CONNECTS_SECONDS)
     try:
         return _wait(stub, decision, timeout)
     except KeyboardInterrupt:
