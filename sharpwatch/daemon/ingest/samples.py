@@ -405,7 +405,6 @@ class SampleQueue:
         """Appends the newest sample of its run."""
         self._runs.setdefault(entry.run, deque()).append(entry)
         self._account(entry, 1)
-        self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + _unfolded(entry)
         self._shrink([entry.run])
         self._filled.set()
 
@@ -422,8 +421,6 @@ class SampleQueue:
         for entry in reversed(entries):
             self._runs.setdefault(entry.run, deque()).appendleft(entry)
             self._account(entry, 1)
-            if not entry.processed:
-                self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + _unfolded(entry)
         self._shrink({entry.run for entry in entries})
 
     def turn(self, now: float) -> list[QueuedSample]:
@@ -509,8 +506,6 @@ class SampleQueue:
     def _pop(self, run: str) -> QueuedSample:
         entry = self._runs[run].popleft()
         self._account(entry, -1)
-        if not entry.processed:
-            self._unfolded[run] -= _unfolded(entry)
         if not self._runs[run]:
             del self._runs[run], self._run_bytes[run]
             self._unfolded.pop(run, None)
@@ -521,6 +516,8 @@ class SampleQueue:
         self._depth += sign
         self._bytes += size
         self._run_bytes[entry.run] = self._run_bytes.get(entry.run, 0) + size
+        if not entry.processed:
+            self._unfolded[entry.run] = self._unfolded.get(entry.run, 0) + sign * _unfolded(entry)
 
     def _shrink(self, grown: Iterable[str]) -> None:
         """Drops samples until all bounds are kept, after the runs `grown` got more."""
