@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import resource
 import time
 from array import array
 from collections import deque
@@ -21,6 +20,7 @@ import grpc
 import numpy as np
 
 from benchmarks.load.messages import body, hello, request
+from sharpwatch.daemon.api.limits import raise_descriptor_limit
 from sharpwatch.v1 import agent_pb2
 
 _METHOD = "/sharpwatch.v1.AgentService/Session"
@@ -190,8 +190,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--warm", type=float, required=True)
     parser.add_argument("--seconds", type=float, required=True)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_descriptor_limit()
     asyncio.run(_main(parser.parse_args()))
 
 

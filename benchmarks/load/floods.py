@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ import numpy as np
 
 from benchmarks.load.messages import body, hello, request
 from sharpwatch import wire
+from sharpwatch.daemon.api.limits import raise_descriptor_limit
 from sharpwatch.v1 import agent_pb2, operator_pb2, types_pb2
 
 _SESSION = "/sharpwatch.v1.AgentService/Session"
@@ -425,8 +425,7 @@ def main() -> None:
     parser.add_argument("grpc")
     parser.add_argument("http")
     parser.add_argument("--seconds", type=float, required=True)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_descriptor_limit()
     asyncio.run(_main(parser.parse_args()))
 
 
