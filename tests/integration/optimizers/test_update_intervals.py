@@ -191,19 +191,25 @@ def test_a_resumed_run_rests_at_the_same_steps():
         each.close()
 
 
+def step_by_closure(model, optimizer) -> None:
+    """Three steps as LBFGS takes them, which the others take as well."""
+
+    def closure():
+        backward(model, 0)
+        return loss_of(model, 0)
+
+    for _ in range(3):
+        backward(model, 0)
+        optimizer.step(closure)
+
+
 def test_an_interval_that_can_not_be_takes_no_cut_with_it():
     """As where a run with update intervals in force goes on with LBFGS, and a policy cuts its rates."""
     ours, _, optimizer, _, transport, watch = watched(torchs("LBFGS"))
     assert not transport.hellos[-1].takes_update_intervals  # so that none is asked for anew
     transport.set_multipliers({"qk": 0.5}, update_every={"emb": 2}, id="c")
 
-    def closure():
-        backward(ours, 0)
-        return loss_of(ours, 0)
-
-    for _ in range(3):
-        backward(ours, 0)
-        optimizer.step(closure)
+    step_by_closure(ours, optimizer)
     assert (watch.status.multipliers["qk"], dict(watch.status.update_every)) == (0.5, {})
     watch.close()
     (result,) = transport.results
@@ -226,13 +232,7 @@ def test_what_can_not_be_done_is_refused_with_the_reason(make, changes, every, w
     ours, _, optimizer, _, transport, watch = watched(make, **changes)
     transport.set_multipliers({}, update_every=every, id="c")
 
-    def closure():
-        backward(ours, 0)
-        return loss_of(ours, 0)
-
-    for _ in range(3):
-        backward(ours, 0)
-        optimizer.step(closure)
+    step_by_closure(ours, optimizer)
     watch.close()
     (result,) = transport.results
     assert result.outcome == "refused"
