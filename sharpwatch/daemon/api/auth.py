@@ -172,9 +172,10 @@ class Authorizer:
         value = next(shown, b"")
         if not value and self._client_roles:
             names = context.auth_context()
-            for name in (*names.get("x509_common_name", ()), *names.get("x509_subject_alternative_name", ())):
-                if role := self._client_roles.get(name.decode(errors="replace")):
-                    return Caller(name.decode(), role)
+            for encoded in (*names.get("x509_common_name", ()), *names.get("x509_subject_alternative_name", ())):
+                name = encoded.decode(errors="replace")
+                if role := self._client_roles.get(name):
+                    return Caller(name, role)
         return self.caller(context.peer(), value if isinstance(value, bytes) else value.encode())
 
     def knows(self, name: str) -> bool:
